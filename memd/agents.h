@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The agents' side of memd: accepts connections, greets, receives messages and ring entries, and
+ * hands each to who it concerns, by tables (session.c). A session is one connection.
+ */
+#ifndef MEMD_AGENTS_H
+#define MEMD_AGENTS_H
+
+#include "registry.h"
+
+struct daemon;
+struct session;
+
+struct agents {
+    struct loop_watch listener;
+    char path[120];
+    struct session *first;
+    uint32_t count;      /* sessions whose connection is open */
+    uint32_t sharing;    /* of those: welcomed, with FEATURE_SHARE */
+    int userfaultfd;     /* /dev/userfaultfd, or -1 */
+    uint64_t ended_badly;
+};
+
+int agents_start(struct daemon *daemon);
+void agents_stop(struct daemon *daemon);
+
+/* revisit and CPU limit of every scanner, again. */
+void agents_tune(struct daemon *daemon);
+uint32_t agents_cpu_permille(const struct daemon *daemon);
+
+/* Makes every page of the guest private. rejoin: it says hello again afterwards (another domain). */
+int agents_detach(struct guest *guest, bool rejoin, const char *words);
+/* Asks for fresh STATS. */
+void agents_ask_report(struct guest *guest);
+
+/* HELD_END came, and every ring entry before it was read. */
+void agents_held_end(struct session *session);
+/* DETACHED came: ends the session; the guest rejoins or is forgotten. */
+void agents_detached(struct session *session);
+/* Gives up the shares of a session that has ended. */
+void agents_let_go(struct session *session);
+/* The guest is about to be freed: the session, living or lost, ends without it. */
+void agents_forget_guest(struct session *session);
+/* CPU time of the agent's two threads since memd knows them. */
+uint64_t agents_cpu_ns(struct session *session);
+/* Entries that wait for room in the ring. */
+uint32_t agents_pending(const struct session *session);
+bool agents_is_leaving(const struct session *session);
+struct ksm_member *agents_member(const struct session *session);
+
+#endif

@@ -1,0 +1,552 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The table below is the language: section, key, how its value is read, where it goes. inih reads
+ * lines; it neither counts them for us nor tells a cut line from a whole one, so the reader does.
+ */
+#include "config.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <ini.h>
+#include <pwd.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum kind { KIND_SIZE, KIND_SECONDS, KIND_PERCENT, KIND_PATH, KIND_ADDRESS, KIND_ENGINE, KIND_YESNO };
+
+struct key {
+    const char *section, *name;
+    enum kind kind;
+    size_t offset, bytes;
+    double least, most;
+};
+
+#define KEY(section, name, kind, field, least, most)                                               \
+    {                                                                                              \
+        section, name, kind, offsetof(struct config, field), sizeof(((struct config *)0)->field),  \
+            least, most                                                                            \
+    }
+
+static const struct key keys[] = {
+    KEY("host", "budget", KIND_SIZE, budget_bytes, 0, 0),
+    KEY("host", "reserve", KIND_SIZE, reserve_bytes, 0, 0),
+    KEY("host", "socket", KIND_PATH, socket, 0, 0),
+    KEY("host", "state_dir", KIND_PATH, state_dir, 0, 0),
+    KEY("host", "grace_s", KIND_SECONDS, grace_s, 0, 86400),
+    KEY("sharing", "engine", KIND_ENGINE, engine, 0, 0),
+    KEY("sharing", "revisit_s", KIND_SECONDS, revisit_s, 0.01, 86400),
+    KEY("sharing", "cpu_percent", KIND_PERCENT, cpu_percent, 1, 100000),
+    KEY("store", "budget", KIND_SIZE, store_budget_bytes, 0, 0),
+    KEY("vault", "budget", KIND_SIZE, vault_budget_bytes, 0, 0),
+    KEY("vault", "spill_path", KIND_PATH, spill_path, 0, 0),
+    KEY("vault", "spill_budget", KIND_SIZE, spill_budget_bytes, 0, 0),
+    KEY("migration", "listen", KIND_ADDRESS, migration_listen, 0, 0),
+    KEY("migration", "bandwidth", KIND_SIZE, migration_bandwidth_bytes, 0, 0),
+    KEY("migration", "tls_cert", KIND_PATH, tls_cert, 0, 0),
+    KEY("migration", "tls_key", KIND_PATH, tls_key, 0, 0),
+    KEY("migration", "tls_ca", KIND_PATH, tls_ca, 0, 0),
+    KEY("migration", "plain", KIND_YESNO, plain, 0, 0),
+    KEY("metrics", "listen", KIND_ADDRESS, metrics_listen, 0, 0),
+};
+#define KEY_COUNT (sizeof(keys) / sizeof(keys[0]))
+
+/* ---- one parse ---- */
+
+struct parse {
+    const char *path;
+    FILE *file;
+    int line;
+    struct config config;
+    bool seen[KEY_COUNT];
+    char *error; /* the first mistake; "" until then */
+};
+
+static int __attribute__((format(printf, 2, 3))) fail(struct parse *parse, const char *format, ...)
+{
+    va_list arguments;
+    int used;
+
+    if (parse->error[0])
+        return 0;
+    used = snprintf(parse->error, CONFIG_ERROR_BYTES, "%s:%d: ", parse->path, parse->line);
+    if (used < 0 || used >= CONFIG_ERROR_BYTES)
+        return 0;
+    va_start(arguments, format);
+    vsnprintf(parse->error + used, CONFIG_ERROR_BYTES - (size_t)used, format, arguments);
+    va_end(arguments);
+    return 0;
+}
+
+static bool section_is_known(const char *section);
+static const char *named_section(const char *section, const char *word);
+
+/* inih says nothing about a section without keys, so sections are looked at here. */
+static bool section_is_good(struct parse *parse, const char *line)
+{
+    const char *end = strchr(line, ']');
+    char section[INI_MAX_LINE];
+
+    if (line[0] != '[' || !end || (size_t)(end - line) > sizeof(section))
+        return true;
+    snprintf(section, sizeof(section), "%.*s", (int)(end - line - 1), line + 1);
+    if (section_is_known(section) || named_section(section, "domain") ||
+        named_section(section, "guest"))
+        return true;
+    fail(parse, "there is no section [%s]; memd.conf(5) lists them", section);
+    return false;
+}
+
+/* inih's own buffer has 200 bytes and cuts what is longer into two lines that mean something else. */
+static char *read_line(char *line, int bytes, void *stream)
+{
+    struct parse *parse = stream;
+
+    if (parse->error[0] || !fgets(line, bytes, parse->file))
+        return NULL;
+    parse->line++;
+    if (!strchr(line, '\n') && !feof(parse->file)) {
+        fail(parse, "this line has more than %d characters; break the value, and indent the lines "
+                    "that carry it on",
+             bytes - 2);
+        return NULL;
+    }
+    return section_is_good(parse, line) ? line : NULL;
+}
+
+/* ---- values ---- */
+
+bool config_size_parse(const char *word, uint64_t *ret_bytes)
+{
+    static const char units[] = "KMGT";
+    unsigned long long number;
+    unsigned shift = 0;
+    char *end;
+
+    if (!isdigit((unsigned char)word[0]))
+        return false;
+    errno = 0;
+    number = strtoull(word, &end, 10);
+    if (errno)
+        return false;
+    if (*end) {
+        const char *unit = strchr(units, toupper((unsigned char)*end));
+        if (!unit || end[1])
+            return false;
+        shift = 10 * (unsigned)(unit - units + 1);
+    }
+    if (shift && number >> (64 - shift))
+        return false;
+    *ret_bytes = (uint64_t)number << shift;
+    return true;
+}
+
+static bool parse_decimal(const char *word, double least, double most, double *ret_number)
+{
+    char *end;
+    double number = strtod(word, &end);
+
+    if (end == word || *end || !(number >= least) || !(number <= most))
+        return false;
+    *ret_number = number;
+    return true;
+}
+
+bool config_address_split(const char *word, char *host, size_t host_bytes, uint16_t *ret_port)
+{
+    const char *colon = strrchr(word, ':');
+    unsigned long port;
+    size_t length;
+    char *end;
+
+    if (!colon || colon == word || !isdigit((unsigned char)colon[1]))
+        return false;
+    port = strtoul(colon + 1, &end, 10);
+    length = (size_t)(colon - word);
+    if (word[0] == '[') {
+        if (colon[-1] != ']' || length < 3)
+            return false;
+        word++;
+        length -= 2;
+    } else if (memchr(word, ':', length)) {
+        return false;
+    }
+    if (*end || port > UINT16_MAX || length >= host_bytes)
+        return false;
+    memcpy(host, word, length);
+    host[length] = '\0';
+    *ret_port = (uint16_t)port;
+    return true;
+}
+
+bool config_name_is_good(const char *name)
+{
+    size_t length = strlen(name);
+
+    if (length == 0 || length >= NAME_BYTES || !isalnum((unsigned char)name[0]))
+        return false;
+    for (size_t i = 0; i < length; i++) {
+        if (!isascii(name[i]) || (!isalnum((unsigned char)name[i]) && !strchr("._-", name[i])))
+            return false;
+    }
+    return true;
+}
+
+static int set_word(struct parse *parse, const struct key *key, const char *value)
+{
+    char host[CONFIG_WORD_BYTES];
+    uint16_t port;
+
+    if (strlen(value) >= key->bytes)
+        return fail(parse, "%s is too long: at most %zu characters", key->name, key->bytes - 1);
+    if (key->kind == KIND_PATH && value[0] != '/')
+        return fail(parse, "%s = %s: give an absolute path", key->name, value);
+    if (key->kind == KIND_ADDRESS && !config_address_split(value, host, sizeof(host), &port))
+        return fail(parse, "%s = %s: give HOST:PORT, with brackets around an IPv6 HOST", key->name,
+                    value);
+    strcpy((char *)&parse->config + key->offset, value);
+    return 1;
+}
+
+static int set_engine(struct parse *parse, const struct key *key, const char *value)
+{
+    static const char *const names[SHARING_ENGINE_COUNT] = {"agent", "kernel", "off"};
+
+    for (int i = 0; i < SHARING_ENGINE_COUNT; i++) {
+        if (strcmp(value, names[i]) == 0) {
+            parse->config.engine = (enum sharing_engine)i;
+            return 1;
+        }
+    }
+    return fail(parse, "%s = %s: give agent, kernel or off", key->name, value);
+}
+
+static int set_yes_no(struct parse *parse, const struct key *key, const char *value)
+{
+    bool *place = (bool *)((char *)&parse->config + key->offset);
+
+    if (strcmp(value, "yes") != 0 && strcmp(value, "no") != 0)
+        return fail(parse, "%s = %s: give yes or no", key->name, value);
+    *place = value[0] == 'y';
+    return 1;
+}
+
+static int set_number(struct parse *parse, const struct key *key, const char *value)
+{
+    char *place = (char *)&parse->config + key->offset;
+    double number;
+
+    if (key->kind == KIND_SIZE) {
+        if (!config_size_parse(value, (uint64_t *)(void *)place))
+            return fail(parse, "%s = %s: give a size, as 4096, 512M or 2G", key->name, value);
+        return 1;
+    }
+    if (!parse_decimal(value, key->least, key->most, &number))
+        return fail(parse, "%s = %s: give a number from %g to %g", key->name, value, key->least,
+                    key->most);
+    if (key->kind == KIND_SECONDS)
+        *(double *)(void *)place = number;
+    else
+        *(uint32_t *)(void *)place = (uint32_t)number;
+    return 1;
+}
+
+static int set_key(struct parse *parse, size_t index, const char *value)
+{
+    const struct key *key = &keys[index];
+
+    if (parse->seen[index])
+        return fail(parse, "%s is given twice; keep one", key->name);
+    parse->seen[index] = true;
+    parse->config.vault_set |= strcmp(key->section, "vault") == 0;
+    parse->config.migration_set |= strcmp(key->section, "migration") == 0;
+    switch (key->kind) {
+    case KIND_PATH:
+    case KIND_ADDRESS: return set_word(parse, key, value);
+    case KIND_ENGINE: return set_engine(parse, key, value);
+    case KIND_YESNO: return set_yes_no(parse, key, value);
+    default: return set_number(parse, key, value);
+    }
+}
+
+/* ---- [domain NAME] and [guest NAME] ---- */
+
+static struct config_domain *domain_of(struct parse *parse, const char *name)
+{
+    struct config *config = &parse->config;
+    struct config_domain *domains;
+
+    for (size_t i = 0; i < config->domain_count; i++) {
+        if (strcmp(config->domains[i].name, name) == 0)
+            return &config->domains[i];
+    }
+    domains = realloc(config->domains, (config->domain_count + 1) * sizeof(*domains));
+    if (!domains)
+        return NULL;
+    config->domains = domains;
+    domains[config->domain_count] = (struct config_domain){.uids = NULL};
+    strcpy(domains[config->domain_count].name, name);
+    return &domains[config->domain_count++];
+}
+
+static struct config_guest *guest_of(struct parse *parse, const char *name)
+{
+    struct config *config = &parse->config;
+    struct config_guest *guests;
+
+    for (size_t i = 0; i < config->guest_count; i++) {
+        if (strcmp(config->guests[i].name, name) == 0)
+            return &config->guests[i];
+    }
+    guests = realloc(config->guests, (config->guest_count + 1) * sizeof(*guests));
+    if (!guests)
+        return NULL;
+    config->guests = guests;
+    guests[config->guest_count] = (struct config_guest){.shares = 0};
+    strcpy(guests[config->guest_count].name, name);
+    return &guests[config->guest_count++];
+}
+
+static int add_uid(struct parse *parse, struct config_domain *domain, const char *word)
+{
+    const struct passwd *user = getpwnam(word);
+    uid_t *uids;
+    uint64_t uid;
+
+    if (!user && (!config_size_parse(word, &uid) || uid >= UINT32_MAX ||
+                  !isdigit((unsigned char)word[strlen(word) - 1])))
+        return fail(parse, "uids: '%s' is neither a number nor a user of this host", word);
+    uids = realloc(domain->uids, (domain->uid_count + 1) * sizeof(*uids));
+    if (!uids)
+        return fail(parse, "out of memory");
+    domain->uids = uids;
+    uids[domain->uid_count++] = user ? user->pw_uid : (uid_t)uid;
+    return 1;
+}
+
+static int add_neutral(struct parse *parse, struct config_domain *domain, const char *word)
+{
+    char **files, *copy;
+
+    if (word[0] != '/')
+        return fail(parse, "neutral: '%s' is no absolute path", word);
+    copy = strdup(word);
+    files = realloc(domain->neutral, (domain->neutral_count + 1) * sizeof(*files));
+    if (files)
+        domain->neutral = files;
+    if (!files || !copy) {
+        free(copy);
+        return fail(parse, "out of memory");
+    }
+    files[domain->neutral_count++] = copy;
+    return 1;
+}
+
+static int set_domain(struct parse *parse, const char *name, const char *key, const char *value)
+{
+    struct config_domain *domain = domain_of(parse, name);
+    int (*add)(struct parse *, struct config_domain *, const char *);
+    char words[512], *rest = words, *word;
+
+    if (!domain)
+        return fail(parse, "out of memory");
+    if (strcmp(key, "uids") == 0)
+        add = add_uid;
+    else if (strcmp(key, "neutral") == 0)
+        add = add_neutral;
+    else
+        return fail(parse, "a domain has no '%s'; it has uids and neutral", key);
+    snprintf(words, sizeof(words), "%s", value);
+    while ((word = strsep(&rest, " \t,"))) {
+        if (word[0] && !add(parse, domain, word))
+            return 0;
+    }
+    return 1;
+}
+
+static int set_guest_size(struct parse *parse, const char *key, const char *value, uint64_t *place,
+                          bool *has)
+{
+    if (*has)
+        return fail(parse, "%s is given twice; keep one", key);
+    if (!config_size_parse(value, place))
+        return fail(parse, "%s = %s: give a size, as 512M or 2G", key, value);
+    *has = true;
+    return 1;
+}
+
+static int set_guest(struct parse *parse, const char *name, const char *key, const char *value)
+{
+    struct config_guest *guest = guest_of(parse, name);
+    double shares;
+
+    if (!guest)
+        return fail(parse, "out of memory");
+    if (strcmp(key, "max") == 0)
+        return set_guest_size(parse, key, value, &guest->max_bytes, &guest->has_max);
+    if (strcmp(key, "min") == 0)
+        return set_guest_size(parse, key, value, &guest->min_bytes, &guest->has_min);
+    if (strcmp(key, "shares") == 0) {
+        if (guest->has_shares || !parse_decimal(value, 1, 1000000, &shares))
+            return fail(parse, "shares = %s: give one number from 1 to 1000000", value);
+        guest->shares = (uint32_t)shares;
+        guest->has_shares = true;
+        return 1;
+    }
+    if (strcmp(key, "domain") == 0) {
+        if (guest->has_domain || !config_name_is_good(value))
+            return fail(parse, "domain = %s: give the name of one [domain NAME]", value);
+        strcpy(guest->domain, value);
+        guest->has_domain = true;
+        return 1;
+    }
+    return fail(parse, "a guest has no '%s'; it has max, min, shares and domain", key);
+}
+
+/* "domain web" into "web"; NULL when the section is no such thing. */
+static const char *named_section(const char *section, const char *word)
+{
+    size_t length = strlen(word);
+
+    if (strncmp(section, word, length) != 0 || section[length] != ' ')
+        return NULL;
+    section += length;
+    return section + strspn(section, " ");
+}
+
+static bool section_is_known(const char *section)
+{
+    for (size_t i = 0; i < KEY_COUNT; i++) {
+        if (strcmp(keys[i].section, section) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* inih's handler: 1 goes on, 0 is a mistake. */
+static int take_line(void *user, const char *section, const char *name, const char *value)
+{
+    struct parse *parse = user;
+    const char *of_domain = named_section(section, "domain");
+    const char *of_guest = named_section(section, "guest");
+
+    if (parse->error[0])
+        return 0;
+    if (of_domain || of_guest) {
+        if (!config_name_is_good(of_domain ? of_domain : of_guest))
+            return fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63",
+                        section);
+        return of_domain ? set_domain(parse, of_domain, name, value)
+                         : set_guest(parse, of_guest, name, value);
+    }
+    for (size_t i = 0; i < KEY_COUNT; i++) {
+        if (strcmp(keys[i].section, section) == 0 && strcmp(keys[i].name, name) == 0)
+            return set_key(parse, i, value);
+    }
+    return fail(parse, "[%s] has no key '%s'; memd.conf(5) lists them", section, name);
+}
+
+/* ---- the whole ---- */
+
+void config_defaults(struct config *config)
+{
+    *config = (struct config){
+        .reserve_bytes = 512ULL << 20,
+        .socket = "/run/memd/memd.sock",
+        .state_dir = "/var/lib/memd",
+        .grace_s = 30,
+        .engine = SHARING_AGENT,
+        .revisit_s = 10,
+        .cpu_percent = 50,
+    };
+}
+
+static bool guests_domains_exist(struct parse *parse)
+{
+    for (size_t i = 0; i < parse->config.guest_count; i++) {
+        const struct config_guest *guest = &parse->config.guests[i];
+
+        if (guest->has_domain && !config_domain_find(&parse->config, guest->domain)) {
+            fail(parse, "[guest %s]: there is no [domain %s]; add it with its uids", guest->name,
+                 guest->domain);
+            return false;
+        }
+        if (guest->has_min && guest->has_max && guest->min_bytes > guest->max_bytes) {
+            fail(parse, "[guest %s]: min is more than max", guest->name);
+            return false;
+        }
+    }
+    return true;
+}
+
+int config_load(const char *path, struct config *ret_config, char *error)
+{
+    struct parse parse = {.path = path, .error = error};
+    int bad_line;
+
+    error[0] = '\0';
+    parse.file = fopen(path, "re");
+    if (!parse.file) {
+        int result = -errno;
+        snprintf(error, CONFIG_ERROR_BYTES, "%s: %s", path, strerror(errno));
+        return result;
+    }
+    config_defaults(&parse.config);
+    bad_line = ini_parse_stream(read_line, &parse, take_line, &parse);
+    fclose(parse.file);
+    if (bad_line && !error[0]) {
+        parse.line = bad_line;
+        fail(&parse, "neither [section] nor key = value");
+    }
+    if (error[0] || !guests_domains_exist(&parse)) {
+        config_free(&parse.config);
+        return -EINVAL;
+    }
+    *ret_config = parse.config;
+    return 0;
+}
+
+void config_free(struct config *config)
+{
+    for (size_t i = 0; i < config->domain_count; i++) {
+        struct config_domain *domain = &config->domains[i];
+
+        for (size_t file = 0; file < domain->neutral_count; file++)
+            free(domain->neutral[file]);
+        free(domain->neutral);
+        free(domain->uids);
+    }
+    free(config->domains);
+    free(config->guests);
+    config->domains = NULL;
+    config->guests = NULL;
+    config->domain_count = config->guest_count = 0;
+}
+
+const struct config_domain *config_domain_find(const struct config *config, const char *name)
+{
+    for (size_t i = 0; i < config->domain_count; i++) {
+        if (strcmp(config->domains[i].name, name) == 0)
+            return &config->domains[i];
+    }
+    return NULL;
+}
+
+const struct config_guest *config_guest_find(const struct config *config, const char *name)
+{
+    for (size_t i = 0; i < config->guest_count; i++) {
+        if (strcmp(config->guests[i].name, name) == 0)
+            return &config->guests[i];
+    }
+    return NULL;
+}
+
+bool config_domain_admits(const struct config_domain *domain, uid_t uid)
+{
+    for (size_t i = 0; i < domain->uid_count; i++) {
+        if (domain->uids[i] == uid)
+            return true;
+    }
+    return false;
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * memd.conf: sections of `key = value` (inih), and nothing that is not in the table in config.c.
+ *
+ * A configuration is parsed as a whole or not at all: the first mistake is said with file, line and
+ * what to do, and the caller keeps what it had. Values stay as the file has them: what `memctl set`
+ * changed ranks above them and is kept elsewhere (registry.h).
+ */
+#ifndef MEMD_CONFIG_H
+#define MEMD_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define NAME_BYTES        64 /* of a guest or a domain, with its end mark */
+#define CONFIG_WORD_BYTES 256
+#define CONFIG_ERROR_BYTES 600
+
+enum sharing_engine { SHARING_AGENT, SHARING_KERNEL, SHARING_OFF, SHARING_ENGINE_COUNT };
+
+/* [domain NAME] */
+struct config_domain {
+    char name[NAME_BYTES];
+    uid_t *uids; /* who may be in it */
+    size_t uid_count;
+    char **neutral; /* files whose 4 KiB pages everybody may know; empty: no such limit */
+    size_t neutral_count;
+};
+
+/* [guest NAME]: what the operator says about a guest of that name; has_*: the file says it. */
+struct config_guest {
+    char name[NAME_BYTES];
+    uint64_t max_bytes, min_bytes;
+    uint32_t shares;
+    char domain[NAME_BYTES];
+    bool has_max, has_min, has_shares, has_domain;
+};
+
+struct config {
+    /* [host]; budget 0: all of the host's memory but the reserve */
+    uint64_t budget_bytes, reserve_bytes;
+    char socket[108];
+    char state_dir[CONFIG_WORD_BYTES];
+    double grace_s;
+    /* [sharing] */
+    enum sharing_engine engine;
+    double revisit_s;
+    uint32_t cpu_percent; /* of one core, all scanners together */
+    /* [store]; 0: a quarter of the host's memory */
+    uint64_t store_budget_bytes;
+    /* [vault] */
+    uint64_t vault_budget_bytes;
+    char spill_path[CONFIG_WORD_BYTES];
+    uint64_t spill_budget_bytes;
+    bool vault_set;
+    /* [migration] */
+    char migration_listen[CONFIG_WORD_BYTES];
+    uint64_t migration_bandwidth_bytes; /* a second */
+    char tls_cert[CONFIG_WORD_BYTES], tls_key[CONFIG_WORD_BYTES], tls_ca[CONFIG_WORD_BYTES];
+    bool plain;
+    bool migration_set;
+    /* [metrics]; empty: on the control socket only */
+    char metrics_listen[CONFIG_WORD_BYTES];
+
+    struct config_domain *domains;
+    size_t domain_count;
+    struct config_guest *guests;
+    size_t guest_count;
+};
+
+/* What holds where nothing is said. */
+void config_defaults(struct config *config);
+
+/* Parses the file into *ret_config (untouched on failure; else the caller's, until config_free).
+ * -EINVAL or the errno of reading it, and then words for people in error[CONFIG_ERROR_BYTES]. */
+int config_load(const char *path, struct config *ret_config, char *error);
+void config_free(struct config *config);
+
+const struct config_domain *config_domain_find(const struct config *config, const char *name);
+const struct config_guest *config_guest_find(const struct config *config, const char *name);
+bool config_domain_admits(const struct config_domain *domain, uid_t uid);
+
+/* [A-Za-z0-9][A-Za-z0-9._-]{0,62} */
+bool config_name_is_good(const char *name);
+
+/* "512M", "1.5G" is refused, "4096": whole numbers with K, M, G or T (powers of 1024). */
+bool config_size_parse(const char *word, uint64_t *ret_bytes);
+
+/* HOST:PORT or [HOST]:PORT cut in two; false when it is neither. */
+bool config_address_split(const char *word, char *host, size_t host_bytes, uint16_t *ret_port);
+
+#endif

@@ -1,0 +1,467 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "scan.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "discard.h"
+#include "freeze.h"
+#include "remap.h"
+#include "uffd.h"
+
+/* A huge page is cold when at most this many of its CHUNK_SAMPLES samples changed in a pass. */
+#define COLD_SAMPLES 4U
+/* A hot huge page, and a hot armed chunk, is left alone for up to this many passes. */
+#define MAX_BACKOFF 8U
+/* An armed chunk with nothing shared in which this many of 512 pages were written in each of
+ * HOT_PASSES passes costs a fault a page and pass for nothing. */
+#define HOT_WRITTEN 448U
+#define HOT_PASSES  3U
+
+/* ---- one chunk ---- */
+
+struct chunk_view {
+    struct scanner *scanner;
+    struct guest_ram *ram;
+    struct ram_block *block;
+    struct chunk *chunk;
+    uint32_t first, end; /* pages */
+};
+
+/* Lists the pages with one of `anyof`, all of `mask`. Returns the number of regions or -errno. */
+static int list_pages(struct chunk_view *view, uint64_t flags, uint64_t mask, uint64_t anyof)
+{
+    struct pm_scan_arg scan = {
+        .size = sizeof(scan),
+        .flags = flags,
+        .start = (uintptr_t)ram_address(view->block, view->first),
+        .end = (uintptr_t)ram_address(view->block, view->end),
+        .vec = (uintptr_t)view->scanner->regions,
+        .vec_len = HUGE_PAGES,
+        .category_mask = mask,
+        .category_anyof_mask = anyof,
+        .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO | PAGE_IS_HUGE,
+    };
+
+    return sys_ioctl(view->ram->pagemap_fd, PAGEMAP_SCAN, &scan);
+}
+
+static uint32_t page_at(const struct chunk_view *view, uint64_t address)
+{
+    return (uint32_t)((address - (uintptr_t)view->block->base) / PAGE_BYTES);
+}
+
+static void arm_wait(struct ram_block *block, uint32_t index)
+{
+    uint8_t patience = (block->table[index] & TABLE_PATIENCE_MASK) / TABLE_PATIENCE_UNIT;
+
+    block->table[index] =
+        (uint8_t)((block->table[index] & ~TABLE_WAIT_MASK) | patience * TABLE_WAIT_UNIT);
+}
+
+/* A page that was written since the last pass: where is it now, and is it young? */
+static void note_written(struct chunk_view *view, uint32_t index, uint64_t categories)
+{
+    struct ram_block *block = view->block;
+    enum place place = ram_place(block, index);
+
+    if (ram_captive(block, index) || place == PLACE_SHARED)
+        return;
+    if (!(categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED))) {
+        if (place != PLACE_ABSENT)
+            ram_move_places(view->ram, block, index, 1, TRANSITION_DISCARD);
+        return;
+    }
+    if (categories & PAGE_IS_PFNZERO) {
+        ram_move_places(view->ram, block, index, 1, TRANSITION_DROP);
+        ram_set_young(block, index, false);
+        return;
+    }
+    if (place != PLACE_PRIVATE)
+        ram_move_places(view->ram, block, index, 1,
+                        place == PLACE_ZERO ? TRANSITION_WRITE : TRANSITION_POPULATE);
+    ram_set_young(block, index, true);
+    arm_wait(block, index);
+}
+
+/* Which young pages are candidates now. Called before the written ones become young again, with
+ * those already out of the bitmap. */
+static void collect_candidates(struct chunk_view *view)
+{
+    struct scanner *scanner = view->scanner;
+    struct ram_block *block = view->block;
+
+    memset(scanner->pending, 0, sizeof(scanner->pending));
+    for (uint32_t i = view->first; i < view->end; i++) {
+        if (!block->young[i / 64]) {
+            i |= 63; /* nothing in these 64 */
+            continue;
+        }
+        if (!ram_young(block, i))
+            continue;
+        if (block->table[i] & TABLE_WAIT_MASK) {
+            block->table[i] -= TABLE_WAIT_UNIT;
+            continue;
+        }
+        ram_set_young(block, i, false);
+        if (ram_place(block, i) != PLACE_PRIVATE || ram_captive(block, i))
+            continue;
+        scanner->pending[(i - view->first) / 64] |= 1ULL << ((i - view->first) % 64);
+        scanner->have_pending = true;
+        scanner->pass_candidates++;
+    }
+}
+
+static bool all_absent(const struct chunk_view *view)
+{
+    for (uint32_t i = view->first; i < view->end; i++)
+        if (ram_place(view->block, i) != PLACE_ABSENT)
+            return false;
+    return true;
+}
+
+static bool nothing_shared(const struct chunk_view *view)
+{
+    for (uint32_t i = view->first; i < view->end; i++)
+        if (ram_place(view->block, i) != PLACE_PRIVATE || ram_captive(view->block, i))
+            return false;
+    return true;
+}
+
+/* Leaves chunks alone that cost more than they can give. */
+static void review_armed(struct chunk_view *view, uint32_t written)
+{
+    if (written >= HOT_WRITTEN && nothing_shared(view)) {
+        if (++view->chunk->hot_passes < HOT_PASSES)
+            return;
+        discard_disarm(view->ram, view->block, (uint32_t)(view->chunk - view->block->chunks),
+                       CHUNK_HOT);
+        view->chunk->backoff = MAX_BACKOFF;
+        return;
+    }
+    view->chunk->hot_passes = 0;
+    if (all_absent(view))
+        discard_disarm(view->ram, view->block, (uint32_t)(view->chunk - view->block->chunks),
+                       CHUNK_EMPTY);
+}
+
+/* Looks first without protecting: a protecting scan makes the kernel notify KVM of the whole
+ * range. The second, protecting scan is the one that counts. */
+static void scan_armed(struct chunk_view *view)
+{
+    const uint64_t mask = PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN;
+    struct page_region *regions = view->scanner->regions;
+    struct chunk_view part = *view;
+    uint32_t written = 0;
+    int count = list_pages(view, 0, mask, 0);
+
+    if (count > 0) {
+        part.first = page_at(view, regions[0].start);
+        part.end = page_at(view, regions[count - 1].end);
+        count = list_pages(&part, PM_SCAN_WP_MATCHING, mask, 0);
+    }
+    for (int r = 0; r < count; r++)
+        for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES)
+            ram_set_young(view->block, page_at(view, at), false);
+    collect_candidates(view);
+    for (int r = 0; r < count; r++)
+        for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES) {
+            note_written(view, page_at(view, at), regions[r].categories);
+            written++;
+        }
+    view->scanner->pass_written += written;
+    review_armed(view, written);
+}
+
+static void arm(struct chunk_view *view)
+{
+    if (remap_arm(view->ram, view->block, view->first, view->end - view->first) < 0)
+        return;
+    memset(view->chunk, 0, sizeof(*view->chunk));
+    view->chunk->state = CHUNK_ARMED;
+    scan_armed(view);
+}
+
+/* Sets the places of a chunk that is not armed. */
+static void set_places(struct chunk_view *view, bool present)
+{
+    for (uint32_t i = view->first; i < view->end; i++) {
+        enum place place = ram_place(view->block, i);
+        if (present && place == PLACE_ABSENT)
+            ram_move_places(view->ram, view->block, i, 1, TRANSITION_POPULATE);
+        else if (present && place == PLACE_ZERO)
+            ram_move_places(view->ram, view->block, i, 1, TRANSITION_WRITE);
+        else if (!present && place != PLACE_ABSENT)
+            ram_move_places(view->ram, view->block, i, 1, TRANSITION_DISCARD);
+    }
+}
+
+/* Hashes the samples; how many differ from the last time. */
+static uint32_t sample(struct chunk_view *view)
+{
+    uint32_t changed = 0;
+
+    for (uint32_t s = 0; s < CHUNK_SAMPLES; s++) {
+        uint32_t index = view->first + s * (uint32_t)(HUGE_PAGES / CHUNK_SAMPLES) + s * 7 % 32;
+        uint32_t tag = hash_tag(hash_page(&view->scanner->secret, ram_address(view->block, index)));
+        changed += view->chunk->samples[s] != tag;
+        view->chunk->samples[s] = tag;
+    }
+    view->scanner->hashed += CHUNK_SAMPLES;
+    return changed;
+}
+
+static void judge_huge(struct chunk_view *view)
+{
+    struct chunk *chunk = view->chunk;
+    uint32_t changed;
+
+    if (chunk->state != CHUNK_HUGE) {
+        memset(chunk, 0, sizeof(*chunk));
+        chunk->state = CHUNK_HUGE;
+        set_places(view, true);
+    }
+    if (chunk->backoff > 0) {
+        chunk->backoff--;
+        return;
+    }
+    changed = sample(view);
+    if (chunk->judged > 0 && changed <= COLD_SAMPLES) {
+        arm(view);
+        return;
+    }
+    if (chunk->judged < UINT8_MAX)
+        chunk->judged++;
+    /* Hot: wait, then take fresh samples and compare a pass later. */
+    if (chunk->judged > 2 && changed > COLD_SAMPLES && chunk->judged % 2) {
+        chunk->backoff = chunk->judged < MAX_BACKOFF ? chunk->judged : MAX_BACKOFF;
+    }
+}
+
+static void scan_unarmed(struct chunk_view *view)
+{
+    int count = list_pages(view, 0, 0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
+    const struct page_region *region = view->scanner->regions;
+    bool huge = count == 1 && (region->categories & PAGE_IS_HUGE) &&
+                page_at(view, region->end) - page_at(view, region->start) == HUGE_PAGES;
+
+    if (count < 0)
+        return;
+    if (huge)
+        view->scanner->huge_seen++;
+    if (view->chunk->state == CHUNK_HOT && count > 0 && !huge && view->chunk->backoff > 0) {
+        view->chunk->backoff--;
+        return;
+    }
+    if (huge) {
+        judge_huge(view);
+    } else if (count > 0) {
+        arm(view);
+    } else if (view->chunk->state != CHUNK_EMPTY || !all_absent(view)) {
+        memset(view->chunk, 0, sizeof(*view->chunk));
+        set_places(view, false);
+    }
+}
+
+/* ---- candidates ---- */
+
+static bool is_pending(const struct scanner *scanner, uint32_t i)
+{
+    return scanner->pending[i / 64] >> (i % 64) & 1;
+}
+
+static void clear_pending(struct scanner *scanner, uint32_t i, uint32_t pages)
+{
+    for (; pages > 0; i++, pages--)
+        scanner->pending[i / 64] &= ~(1ULL << (i % 64));
+}
+
+/* Drops frozen pages that are all zeros, and gives the others back. Returns how many were. */
+static uint32_t drop_frozen(struct scanner *scanner, struct ram_block *block, uint32_t index,
+                            uint32_t frozen)
+{
+    struct guest_ram *ram = scanner->ram;
+    uint32_t dropped = 0;
+
+    for (uint32_t i = 0, run; i < frozen; i += run) {
+        bool zero = hash_page_is_zero(freeze_bytes(ram, i));
+        run = 1;
+        while (i + run < frozen && hash_page_is_zero(freeze_bytes(ram, i + run)) == zero)
+            run++;
+        if (zero && uffd_zero(ram->guest_fd, ram_address(block, index + i), run * PAGE_BYTES) ==
+                        (long)(run * PAGE_BYTES)) {
+            ram_move_places(ram, block, index + i, run, TRANSITION_DROP);
+            dropped += run;
+        } else {
+            freeze_return(ram, block, index + i, i, run);
+        }
+    }
+    return dropped;
+}
+
+static bool may_drop(struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    if (!block->live || block->resting ||
+        block->chunks[ram_chunk_of(block, index)].state != CHUNK_ARMED)
+        return false;
+    for (uint32_t i = index; i < index + pages; i++)
+        if (ram_place(block, i) != PLACE_PRIVATE || ram_captive(block, i))
+            return false;
+    return true;
+}
+
+/* Tries to drop pages that looked like zeros a moment ago. Returns how many are done with. */
+static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uint32_t index,
+                           uint32_t pages)
+{
+    uint32_t done = pages;
+    int frozen;
+
+    lock_take(&block->lock);
+    if (may_drop(block, index, pages)) {
+        frozen = freeze_take(scanner->ram, block, index, pages);
+        if (frozen > 0) {
+            scanner->zero_merges += drop_frozen(scanner, block, index, (uint32_t)frozen);
+            freeze_thaw(scanner->ram, block, index, (uint32_t)frozen);
+            done = (uint32_t)frozen;
+        } else {
+            scanner->busy++;
+            done = 1;
+        }
+    }
+    lock_release(&block->lock);
+    return done;
+}
+
+/* One candidate, or a run of zero pages that starts with it; false when the sink is full. */
+static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t first, uint32_t i,
+                    uint32_t chunk_pages)
+{
+    uint32_t run = 0;
+    uint64_t hash = 0;
+
+    lock_take(&block->reading);
+    while (block->live && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
+           is_pending(scanner, i + run) && hash_page_is_zero(ram_address(block, first + i + run)))
+        run++;
+    if (block->live && run == 0)
+        hash = hash_page(&scanner->secret, ram_address(block, first + i));
+    lock_release(&block->reading);
+    if (run > 0) {
+        clear_pending(scanner, i, drop_zeros(scanner, block, first + i, run));
+        return true;
+    }
+    scanner->hashed++;
+    if (block->live &&
+        !scanner->sink.offer(scanner->sink.self, block->first_page + first + i, hash))
+        return false;
+    clear_pending(scanner, i, 1);
+    return true;
+}
+
+/* Nothing of this chunk may be frozen now: its candidates stay young. */
+static void put_off(struct scanner *scanner, struct ram_block *block, uint32_t first,
+                    uint32_t pages)
+{
+    lock_take(&block->lock);
+    for (uint32_t i = 0; block->live && i < pages; i++)
+        if (is_pending(scanner, i))
+            ram_set_young(block, first + i, true);
+    lock_release(&block->lock);
+    scanner->have_pending = false;
+}
+
+static bool look_at_pending(struct scanner *scanner, struct ram_block *block)
+{
+    uint32_t first = ram_chunk_first(block, scanner->chunk_at);
+    uint32_t pages = ram_chunk_end(block, scanner->chunk_at) - first;
+
+    if (!scanner->sink.may_freeze(scanner->sink.self, block, first, pages)) {
+        put_off(scanner, block, first, pages);
+        return true;
+    }
+    for (uint32_t i = 0; i < pages; i++) {
+        if (!block->live)
+            break;
+        while (is_pending(scanner, i))
+            if (!look_at(scanner, block, first, i, pages))
+                return false;
+    }
+    scanner->have_pending = false;
+    return true;
+}
+
+/* ---- the walk ---- */
+
+static void scan_chunk(struct scanner *scanner, struct ram_block *block)
+{
+    struct chunk_view view = {
+        .scanner = scanner,
+        .ram = scanner->ram,
+        .block = block,
+        .first = ram_chunk_first(block, scanner->chunk_at),
+        .end = ram_chunk_end(block, scanner->chunk_at),
+    };
+
+    lock_take(&block->lock);
+    if (block->live && !block->resting && scanner->chunk_at < block->chunk_count) {
+        view.chunk = &block->chunks[scanner->chunk_at];
+        if (view.chunk->state == CHUNK_ARMED)
+            scan_armed(&view);
+        else
+            scan_unarmed(&view);
+    }
+    lock_release(&block->lock);
+}
+
+static enum scan_result end_pass(struct scanner *scanner)
+{
+    scanner->block_at = 0;
+    scanner->chunk_at = 0;
+    scanner->passes++;
+    scanner->huge_chunks = scanner->huge_seen;
+    scanner->huge_seen = 0;
+    return SCAN_PASS_END;
+}
+
+enum scan_result scan_step(struct scanner *scanner)
+{
+    struct guest_ram *ram = scanner->ram;
+    uint32_t count = __atomic_load_n(&ram->block_count, __ATOMIC_ACQUIRE);
+    struct ram_block *block;
+
+    if (scanner->block_at >= count)
+        return end_pass(scanner);
+    block = &ram->blocks[scanner->block_at];
+    if (!block->live || scanner->chunk_at >= block->chunk_count) {
+        scanner->have_pending = false;
+        scanner->block_at++;
+        scanner->chunk_at = 0;
+        return SCAN_MORE;
+    }
+    if (!scanner->have_pending)
+        scan_chunk(scanner, block);
+    if (scanner->have_pending && !look_at_pending(scanner, block))
+        return SCAN_FULL;
+    scanner->chunk_at++;
+    return SCAN_MORE;
+}
+
+void scan_forget(struct scanner *scanner)
+{
+    struct guest_ram *ram = scanner->ram;
+
+    for (uint32_t b = 0; b < ram->block_count; b++) {
+        struct ram_block *block = &ram->blocks[b];
+        lock_take(&block->lock);
+        for (uint32_t i = 0; block->live && i < block->pages; i++)
+            if (block->chunks[ram_chunk_of(block, i)].state == CHUNK_ARMED &&
+                ram_place(block, i) == PLACE_PRIVATE)
+                ram_set_young(block, i, true);
+        lock_release(&block->lock);
+    }
+    scanner->have_pending = false;
+    scanner->block_at = 0;
+    scanner->chunk_at = 0;
+}

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "discard.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "protocol.h"
+#include "remap.h"
+#include "uffd.h"
+
+/* Pages un-shared by one prepared move. */
+#define UNSHARE_RUN 64U
+
+static bool in_store(const struct ram_block *block, uint32_t index)
+{
+    return ram_place(block, index) == PLACE_SHARED || ram_captive(block, index);
+}
+
+static uint32_t store_run(const struct ram_block *block, uint32_t index, uint32_t end, bool store)
+{
+    uint32_t run = 1;
+
+    while (index + run < end && in_store(block, index + run) == store)
+        run++;
+    return run;
+}
+
+static uint32_t count_shared(const struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t shared = 0;
+
+    for (uint32_t i = index; i < index + pages; i++)
+        shared += ram_place(block, i) == PLACE_SHARED;
+    return shared;
+}
+
+static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                            uint32_t pages)
+{
+    bool arm = block->chunks[ram_chunk_of(block, index)].state == CHUNK_ARMED;
+    uint32_t shared = count_shared(block, index, pages);
+    int r = remap_to_absent(ram, block, index, pages, arm);
+
+    if (r == 0 && shared) {
+        ram_note_broken(ram, block, index, pages);
+        ram->unmerges -= pages - shared; /* captives had ended before */
+        ram->discards += shared;
+    }
+    return r;
+}
+
+static int discard_private(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                           uint32_t pages, int advice)
+{
+    int r = sys_madvise(ram_address(block, index), (size_t)pages * PAGE_BYTES, advice);
+
+    /* After MADV_FREE the bytes may still be there: the next scan finds out. */
+    if (r == 0 && advice != MADV_FREE)
+        ram_move_places(ram, block, index, pages, TRANSITION_DISCARD);
+    return r;
+}
+
+void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
+                    enum chunk_state state)
+{
+    struct chunk *chunk = &block->chunks[c];
+    uint32_t first = ram_chunk_first(block, c);
+    uint32_t end = ram_chunk_end(block, c);
+
+    for (uint32_t i = first, run; i < end; i += run) {
+        bool store = in_store(block, i);
+        run = store_run(block, i, end, store);
+        uffd_unregister(store ? ram->store_fd : ram->guest_fd, ram_address(block, i),
+                        (size_t)run * PAGE_BYTES);
+    }
+    memset(chunk, 0, sizeof(*chunk));
+    chunk->state = (uint8_t)state;
+}
+
+/* A chunk that has become empty goes back to the kernel's own fault path, where it can get a huge
+ * page again. */
+static void release_empty_chunks(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                                 uint32_t pages)
+{
+    uint32_t last = ram_chunk_of(block, index + pages - 1);
+
+    for (uint32_t c = ram_chunk_of(block, index); c <= last; c++) {
+        uint32_t first = ram_chunk_first(block, c);
+        uint32_t end = ram_chunk_end(block, c);
+        if (block->chunks[c].state == CHUNK_ARMED && index <= first && index + pages >= end)
+            discard_disarm(ram, block, c, CHUNK_EMPTY);
+    }
+}
+
+int discard_pages(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                  int advice)
+{
+    uint32_t end = index + pages;
+    int result = 0;
+
+    for (uint32_t i = index, run; i < end; i += run) {
+        uint32_t chunk_end = ram_chunk_end(block, ram_chunk_of(block, i));
+        bool store = in_store(block, i);
+        int r;
+        run = store_run(block, i, store && chunk_end < end ? chunk_end : end, store);
+        r = store ? discard_in_store(ram, block, i, run)
+                  : discard_private(ram, block, i, run, advice);
+        if (r < 0)
+            result = r;
+    }
+    if (result == 0 && advice != MADV_FREE)
+        release_empty_chunks(ram, block, index, pages);
+    return result;
+}
+
+/* Un-shares [index, end) where `segment` is the slot's or SLOT_NONE. Returns pages that stayed. */
+static uint32_t unshare(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                        uint32_t end, uint32_t segment, bool arm)
+{
+    uint32_t left = 0;
+
+    for (uint32_t i = index; i < end;) {
+        uint32_t chunk_end = ram_chunk_end(block, ram_chunk_of(block, i));
+        uint32_t run = 0;
+        int done;
+        while (i + run < end && i + run < chunk_end && run < UNSHARE_RUN &&
+               ram_place(block, i + run) == PLACE_SHARED &&
+               (segment == SLOT_NONE || SLOT_SEGMENT(block->slots[i + run]) == segment))
+            run++;
+        if (run == 0) {
+            i++;
+            continue;
+        }
+        done = remap_to_private(ram, block, i, run, arm);
+        if (done < 0) {
+            left += run;
+            done = (int)run;
+        } else {
+            ram_note_broken(ram, block, i, (uint32_t)done);
+        }
+        i += (uint32_t)done;
+    }
+    return left;
+}
+
+uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t segment)
+{
+    return unshare(ram, block, 0, block->pages, segment, true);
+}
+
+uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block)
+{
+    uint32_t left = unshare(ram, block, 0, block->pages, SLOT_NONE, false);
+
+    block->resting = true;
+    for (uint32_t c = 0; left == 0 && c < block->chunk_count; c++)
+        if (block->chunks[c].state == CHUNK_ARMED)
+            discard_disarm(ram, block, c, CHUNK_EMPTY);
+    return left;
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Giving pages up, and giving a whole block back to the VMM.
+ *
+ * A discard (MADV_DONTNEED) on a private mapping of the store would bring the store's bytes back:
+ * a guest that reported a page free would find another page's content in it. So a discard of a
+ * shared page puts fresh memory there.
+ */
+#ifndef MEMD_PAGES_DISCARD_H
+#define MEMD_PAGES_DISCARD_H
+
+#include "ram.h"
+
+/*
+ * Makes pages [index, index + pages) absent. `advice` is what the VMM asked for (MADV_DONTNEED,
+ * MADV_FREE, ...) and what pages that are not in the store get. Caller holds the lock. 0 or the
+ * kernel's -errno.
+ */
+int discard_pages(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                  int advice);
+
+/*
+ * Makes every shared page of the block private and takes the block's registrations away, so that
+ * it is as the VMM made it but for what it holds. Caller holds the lock. Returns how many pages
+ * could not be made private (no memory, no VMA: they stay as they are, and right), 0 when all is
+ * done. Captive pages are private already and stay where they are.
+ */
+uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block);
+
+/* The same for the shares of one segment only; registrations stay. */
+uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t segment);
+
+/* Takes an armed chunk's registration away. Its places must have no shared page. */
+void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
+                    enum chunk_state state);
+
+#endif

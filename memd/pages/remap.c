@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "remap.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "kernel_abi.h"
+#include "uffd.h"
+
+#define REMAP_FLAGS (MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)
+
+int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    return uffd_register(ram->guest_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES,
+                         UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
+}
+
+/* Registers pages that were moved over the guest's address. Where that is refused they are right
+ * as they are, but a hole among them would read as zeros: they must never be frozen. */
+static void arm_moved(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                      uint32_t pages)
+{
+    bool armed = remap_arm(ram, block, index, pages) == 0;
+
+    for (uint32_t i = index; i < index + pages; i++)
+        ram_set_captive(block, i, !armed);
+}
+
+/* madvise attributes that the block has and the view has not, or the other way round. */
+static void restore_attributes(const struct ram_block *block, uint8_t *at, size_t bytes)
+{
+    if (!(block->attributes & RAM_DONTFORK))
+        sys_madvise(at, bytes, MADV_DOFORK);
+    if (block->attributes & RAM_DONTDUMP)
+        sys_madvise(at, bytes, MADV_DONTDUMP);
+}
+
+static bool attributes_differ(const struct ram_block *block)
+{
+    return (block->attributes & (RAM_DONTFORK | RAM_DONTDUMP)) != REMAP_VIEW_ATTRIBUTES;
+}
+
+/* Marks the pages that are anonymous already: written between the mapping and its protection. */
+static uint32_t find_captives(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                              uint32_t pages)
+{
+    struct page_region regions[16];
+    struct pm_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = (uintptr_t)ram_address(block, index),
+        .end = (uintptr_t)ram_address(block, index + pages),
+        .vec = (uintptr_t)regions,
+        .vec_len = sizeof(regions) / sizeof(regions[0]),
+        .category_inverted = PAGE_IS_FILE,
+        .category_mask = PAGE_IS_FILE,
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        .return_mask = PAGE_IS_PRESENT,
+    };
+    uint32_t captives = 0;
+    int found;
+
+    while ((found = sys_ioctl(ram->pagemap_fd, PAGEMAP_SCAN, &scan)) > 0) {
+        for (int i = 0; i < found; i++)
+            for (uintptr_t at = regions[i].start; at < regions[i].end; at += PAGE_BYTES) {
+                ram_set_captive(block, (uint32_t)((at - (uintptr_t)block->base) / PAGE_BYTES),
+                                true);
+                captives++;
+            }
+        if (scan.walk_end >= scan.end)
+            break;
+        scan.start = scan.walk_end;
+    }
+    return captives;
+}
+
+static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                          uint32_t pages, uint32_t first_slot)
+{
+    for (uint32_t i = 0; i < pages; i++) {
+        if (ram_captive(block, index + i)) {
+            if (ram_place(block, index + i) == PLACE_SHARED)
+                ram_move_places(ram, block, index + i, 1, TRANSITION_BREAK);
+            continue;
+        }
+        block->slots[index + i] = first_slot + i;
+        ram_move_places(ram, block, index + i, 1, TRANSITION_SHARE);
+    }
+}
+
+int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                   uint8_t *view, uint32_t first_slot, uint32_t *ret_captives)
+{
+    uint8_t *at = ram_address(block, index);
+    size_t bytes = (size_t)pages * PAGE_BYTES;
+    void *mapped = sys_mremap(view, bytes, bytes, REMAP_FLAGS, at);
+    int r;
+
+    if (sys_failed(mapped))
+        return (int)(intptr_t)mapped;
+    r = uffd_register(ram->store_fd, at, bytes, UFFDIO_REGISTER_MODE_WP);
+    if (r == 0)
+        r = uffd_protect(ram->store_fd, at, bytes, true);
+    if (attributes_differ(block))
+        restore_attributes(block, at, bytes);
+    if (r < 0) {
+        /* Mapped but not protected: a write would be copied unseen. The guest is right either
+         * way; none of these pages counts as shared. */
+        for (uint32_t i = index; i < index + pages; i++)
+            ram_set_captive(block, i, true);
+        *ret_captives = pages;
+    } else {
+        *ret_captives = find_captives(ram, block, index, pages);
+    }
+    record_shares(ram, block, index, pages, first_slot);
+    return 0;
+}
+
+/* Puts `pages` pages of bytes into the shadow. What an earlier attempt left there goes first. */
+static int fill_shadow(struct guest_ram *ram, uint8_t *to, const void *bytes, uint32_t pages)
+{
+    size_t left = (size_t)pages * PAGE_BYTES;
+    const uint8_t *from = bytes;
+    bool cleared = false;
+
+    while (left > 0) {
+        long copied = uffd_copy(ram->shadow_fd, to, from, left, false);
+        if (copied == -EEXIST && !cleared) {
+            sys_madvise(to, left, MADV_DONTNEED);
+            cleared = true;
+            continue;
+        }
+        if (copied <= 0)
+            return copied < 0 ? (int)copied : -EIO;
+        to += copied;
+        from += copied;
+        left -= (size_t)copied;
+    }
+    return 0;
+}
+
+static uint32_t shared_run(const struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t run = 0;
+
+    while (run < pages && ram_place(block, index + run) == PLACE_SHARED)
+        run++;
+    return run;
+}
+
+int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                     bool arm)
+{
+    struct page_source *source = &ram->sources[PLACE_SHARED];
+    uint8_t *shadow = ram_shadow(block, index);
+    const void *bytes;
+    void *moved;
+    int run;
+    int r;
+
+    run = source->fetch(source->self, block, index, shared_run(block, index, pages), &bytes);
+    if (run < 0)
+        return run;
+    r = fill_shadow(ram, shadow, bytes, (uint32_t)run);
+    if (r < 0)
+        return r;
+    moved = sys_mremap(shadow, (size_t)run * PAGE_BYTES, (size_t)run * PAGE_BYTES, REMAP_FLAGS,
+                       ram_address(block, index));
+    if (sys_failed(moved)) {
+        sys_madvise(shadow, (size_t)run * PAGE_BYTES, MADV_DONTNEED);
+        return (int)(intptr_t)moved;
+    }
+    if (arm)
+        arm_moved(ram, block, index, (uint32_t)run);
+    ram_move_places(ram, block, index, (uint32_t)run, TRANSITION_BREAK);
+    uffd_wake(ram->store_fd, ram_address(block, index), (size_t)run * PAGE_BYTES);
+    return run;
+}
+
+int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                    bool arm)
+{
+    size_t bytes = (size_t)pages * PAGE_BYTES;
+    void *moved =
+        sys_mremap(ram_shadow(block, index), bytes, bytes, REMAP_FLAGS, ram_address(block, index));
+
+    if (sys_failed(moved))
+        return (int)(intptr_t)moved;
+    for (uint32_t i = index; i < index + pages; i++)
+        ram_set_captive(block, i, false);
+    if (arm)
+        arm_moved(ram, block, index, pages);
+    ram_move_places(ram, block, index, pages, TRANSITION_DISCARD);
+    uffd_wake(ram->store_fd, ram_address(block, index), bytes);
+    return 0;
+}

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Changing what is mapped at a guest page: the store, a private copy, or nothing.
+ *
+ * The rule that all of this keeps: no address of guest RAM is ever mapped anonymous and
+ * unregistered unless its true content is zero.
+ *
+ * The caller holds the block's lock throughout.
+ */
+#ifndef MEMD_PAGES_REMAP_H
+#define MEMD_PAGES_REMAP_H
+
+#include "ram.h"
+
+/* Attributes that every view of a segment has (see remap_to_store). */
+#define REMAP_VIEW_ATTRIBUTES RAM_DONTFORK
+
+/*
+ * Maps store pages over frozen pages [index, index + pages), whose places are private and whose
+ * bytes have been compared with `view`: a private, writable mapping of the segment with
+ * REMAP_VIEW_ATTRIBUTES, out of which the page tables are moved (what the comparison has faulted
+ * in arrives mapped). `first_slot` is the slot of the first page.
+ *
+ * Returns 0: the pages are shared, but for those that somebody wrote to before they could be
+ * protected; these are private and captive, and counted in *ret_captives. Or -errno: nothing has
+ * changed, the hole is still there.
+ */
+int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                   uint8_t *view, uint32_t first_slot, uint32_t *ret_captives);
+
+/*
+ * Gives shared pages from `index` on a copy of their own, as many as lie one behind the other in
+ * the store, at most `pages`. With `arm`, the copies are registered like the rest of an armed
+ * chunk. Returns how many (at least 1), or -errno with nothing changed.
+ */
+int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                     bool arm);
+
+/* Puts fresh empty memory where shared or captive pages were: a discard. 0 or -errno. */
+int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
+                    bool arm);
+
+/* Registers [index, index + pages) with guest_fd. 0 or -errno. */
+int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
+
+#endif

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same guests under one engine or the other.
+
+A fleet boots and fills its memory while its engine is off; start() is the engine's first moment,
+at full speed. For memd "off" means that memd, once all agents have said hello, is stopped by
+SIGTERM (the agents then wait, and guests run on alone), and start() starts it again. memd and ksmd
+never run at the same time."""
+import contextlib
+import time
+
+from lab import PAGE, Failure, Lab, machine
+from lab.errors import wait_for
+
+from . import procs, ram
+from .ksmd import FULL_SPEED, Ksmd
+
+KERNEL_AND_QEMU = 76 << 20  # of a guest's RAM, what its kernel and initramfs need for themselves
+DOMAIN = "bench"
+SAMPLE_S = 0.15
+
+# In per cent of the rest. Much in common, in long runs and page by page (mosaic); some of its own;
+# an eighth in motion.
+UNDER_LOAD = {"common": 42, "zero": 12, "unique": 12, "twin": 8, "mosaic": 4, "churn": 6, "hot": 6}
+# Virtual CPU a guest uses, in per cent: 8 guests leave more than a core of two for the engines.
+LOAD_DUTY = 10
+# An interpreted guest that gets no CPU for a moment takes its timer for broken, and panics.
+KERNEL_WORDS = "no_timer_check"
+
+
+def regions(memory, parts, **options):
+    room = machine.as_bytes(memory) - KERNEL_AND_QEMU
+    if room < 16 << 20:
+        raise SystemExit("bench: --memory must be 96M or more")
+    sizes = {name: room * percent // 100 // PAGE * PAGE for name, percent in parts.items()}
+    return {**sizes, **options}
+
+
+class Fleet:
+    """Guests of one engine in one Lab. `guests` gain `blocks`, their RAM in their VMM."""
+
+    name = None
+
+    def __init__(self, lab):
+        self.lab = lab
+        self.guests = []
+
+    # What an engine has to say:
+    def boot(self, count, memory, content):
+        """Starts the guests; they have not booted yet, and the engine is off."""
+        raise NotImplementedError
+
+    def start(self):
+        """The engine runs, as fast as it may."""
+        raise NotImplementedError
+
+    def slow_down(self, pass_s):
+        """From now on a pass over all memory takes pass_s, or comes every pass_s. May take some
+        passes."""
+        raise NotImplementedError
+
+    def saved_pages(self):
+        raise NotImplementedError
+
+    def engine_cpu(self):
+        """{part: CpuSum}: the engine's CPU time from now on, by who uses it."""
+        raise NotImplementedError
+
+    def stop(self):
+        """The engine is off, and what was set in the kernel for it is as before."""
+
+    # The rest is common:
+    def wait_filled(self):
+        for guest in self.guests:
+            guest.wait_ready(400)
+
+    def pids(self):
+        return [guest.pid for guest in self.guests]
+
+    def own_threads(self):
+        """The guests' threads, without an agent's: [(pid, tid)]"""
+        return [(pid, tid) for pid in self.pids()
+                for tid in set(procs.threads(pid)) - set(procs.agent_threads(pid))]
+
+    def pause_guests(self):
+        """From now on the guests verify their memory and write nothing."""
+        for guest, tag in [(guest, guest.ask("pause")) for guest in self.guests]:
+            guest.await_answer(tag, "paused")
+
+    def wait_settled(self, quiet_s=6, gain=0.005, limit_s=120):
+        """Until the gain of the last quiet_s seconds was small."""
+        seen = []
+        start = time.monotonic()
+
+        def settled():
+            now, saved = time.monotonic(), self.saved_pages()
+            seen.append((now, saved))
+            past = max((was for when, was in seen if now - when >= quiet_s), default=None)
+            return past and saved <= past * (1 + gain)
+
+        wait_for(f"{self.name} to settle", settled, limit_s, 0.5)
+        return time.monotonic() - start
+
+
+class MemdFleet(Fleet):
+    name = "memd"
+    tuning = {"revisit_s": 1, "cpu_percent": 100}
+
+    def boot(self, count, memory, content):
+        self.lab.start_memd({"sharing": self.tuning}, {DOMAIN: [0]})
+        for number in range(1, count + 1):
+            self.guests.append(self.lab.start_guest(f"memd{number}", memory=memory, domain=DOMAIN,
+                                                    seed=number, append=KERNEL_WORDS,
+                                                    **content))
+        self.lab.wait_connected(*(guest.name for guest in self.guests))
+        for guest in self.guests:
+            self._take_blocks(guest, machine.as_bytes(memory))
+        self.lab.memd.terminate()
+        self.lab.memd.wait(30)
+
+    def _take_blocks(self, guest, memory_bytes):
+        def blocks():
+            managed = [block for block in self.lab.guest_status(guest.name)["blocks"]
+                       if block["managed"]]
+            found = [(block["hva"], block["hva"] + block["pages"] * PAGE) for block in managed]
+            return found if sum(end - start for start, end in found) >= memory_bytes else None
+        try:
+            guest.blocks = wait_for("its RAM to be managed", blocks, 20)
+        except Failure:
+            status = self.lab.guest_status(guest.name)
+            raise Failure(f"{guest.name}: its RAM is not managed by memd: {status['reason']!r}, "
+                          f"{status['blocks']}") from None
+
+    def start(self):
+        self.lab.start_memd()
+
+    def slow_down(self, pass_s):
+        self.tuning = {**self.tuning, "revisit_s": pass_s}
+        self.lab.reload_memd({"sharing": self.tuning}, {DOMAIN: [0]})
+
+    def saved_pages(self):
+        sharing = self.lab.sharing()
+        return sharing["pages_sharing"] + sharing["zero_pages"]
+
+    def engine_cpu(self):
+        def agents():
+            return [(pid, tid) for pid in self.pids() for tid in procs.agent_threads(pid)]
+
+        def daemon():
+            memd = self.lab.memd.pid
+            return [(memd, tid)
+                    for tid in set(procs.threads(memd)) - set(procs.status_readers(memd))]
+        return {"daemon_s": procs.CpuSum(daemon), "agents_s": procs.CpuSum(agents)}
+
+
+class KsmdFleet(Fleet):
+    name = "ksmd"
+
+    def __init__(self, lab, ksmd):
+        super().__init__(lab)
+        self.ksmd = ksmd
+
+    def boot(self, count, memory, content):
+        for number in range(1, count + 1):
+            self.guests.append(self.lab.start_guest(f"ksmd{number}", memory=memory, plain=True,
+                                                    seed=number, append=KERNEL_WORDS,
+                                                    **content))
+
+    def wait_filled(self):
+        super().wait_filled()
+        for guest in self.guests:
+            guest.blocks = ram.mergeable_blocks(guest.pid)
+
+    def start(self):
+        self.ksmd.start(FULL_SPEED)
+
+    def slow_down(self, pass_s):
+        pages = sum(end - start for guest in self.guests for start, end in guest.blocks) // PAGE
+        wakes = pass_s * 1000 / 20
+        self.ksmd.start({"sleep_millisecs": "20", "pages_to_scan": str(max(1, int(pages / wakes)))})
+        self.ksmd.pace(pass_s)
+
+    def saved_pages(self):
+        return self.ksmd.saved_pages()
+
+    def engine_cpu(self):
+        thread = procs.kernel_thread("ksmd")
+        return {"ksmd_s": procs.CpuSum(lambda: [(thread, thread)])}
+
+    def stop(self):
+        self.ksmd.stop()
+
+
+class Machine:
+    """Fleets, and kernel KSM, which is opened when the first figure needs it."""
+
+    def __init__(self):
+        self._stack = contextlib.ExitStack()
+        self._ksmd = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._stack.close()
+
+    def ksmd(self):
+        if not self._ksmd:
+            self._ksmd = Ksmd()
+            self._stack.callback(self._ksmd.close)
+        return self._ksmd
+
+    @contextlib.contextmanager
+    def fleet(self, name):
+        """An empty fleet in a Lab of its own, both gone at the end: first the guests, or ksmd would
+        have to give each of them its pages back."""
+        fleet = None
+        try:
+            with Lab() as lab:
+                fleet = MemdFleet(lab) if name == "memd" else KsmdFleet(lab, self.ksmd())
+                yield fleet
+        finally:
+            if fleet:
+                fleet.stop()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's own page merging, the peer of the sharing figures. Whatever is set here is put back:
+by close(), and should this process be killed, by a guardian that sees its pipe end.
+
+Run as a program it is that guardian: it waits for the end of its standard input and puts back the
+settings that its argument holds, unless it reads `done` first."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+SYSFS = "/sys/kernel/mm/ksm"
+# In the order in which they are put back: run last.
+SETTINGS = ("advisor_mode", "smart_scan", "use_zero_pages", "sleep_millisecs", "pages_to_scan", "run")
+# As a kernel comes; advisor_mode since 6.8, smart_scan since 6.7, use_zero_pages since 4.12.
+AS_SHIPPED = {"advisor_mode": "none", "smart_scan": "1", "use_zero_pages": "0",
+              "sleep_millisecs": "20", "pages_to_scan": "100"}
+FULL_SPEED = {"sleep_millisecs": "1", "pages_to_scan": "20000"}
+# sizeof(struct ksm_rmap_item) and (struct ksm_stable_node), mm/ksm.c; see slabinfo.
+RMAP_ITEM_BYTES = STABLE_NODE_BYTES = 64
+
+
+def read(name):
+    with open(f"{SYSFS}/{name}") as file:
+        text = file.read().strip()
+    return text.split("[")[1].split("]")[0] if "[" in text else text
+
+
+def number(name):
+    try:
+        return int(read(name))
+    except FileNotFoundError:
+        return 0  # younger than this kernel
+
+
+def write(name, text):
+    if os.path.exists(f"{SYSFS}/{name}"):
+        with open(f"{SYSFS}/{name}", "w") as file:
+            file.write(text)
+
+
+def put_back(found):
+    if found["run"] != "1":
+        write("run", "2")  # nothing of ours stays merged
+    for name in SETTINGS:
+        if name in found:
+            write(name, found[name])
+
+
+class Ksmd:
+    """Raises OSError where kernel KSM can't be steered."""
+
+    def __init__(self):
+        self._found = {name: read(name) for name in SETTINGS if os.path.exists(f"{SYSFS}/{name}")}
+        if number("pages_shared"):
+            raise OSError("kernel KSM is in use: its figures would not be ours")
+        self._guardian = subprocess.Popen(
+            [sys.executable, os.path.realpath(__file__), json.dumps(self._found)],
+            stdin=subprocess.PIPE, start_new_session=True)
+        self.set(AS_SHIPPED, run="0")
+
+    def close(self):
+        put_back(self._found)
+        self._guardian.communicate(b"done")
+
+    @staticmethod
+    def set(values, **more):
+        for name, text in {**values, **more}.items():
+            write(name, text)
+
+    def start(self, values):
+        self.set(values, run="1")
+
+    def stop(self):
+        """Stops ksmd, and lets go of what it merged and kept."""
+        self.set({}, run="2")
+        self.set(AS_SHIPPED, run="0")
+
+    @staticmethod
+    def saved_pages():
+        """Comparable with memd's pages_sharing + zero_pages. As shipped ksmd has no zero pages:
+        it merges them with each other, and they are among pages_sharing."""
+        return number("pages_sharing") + number("ksm_zero_pages")
+
+    def pace(self, pass_s):
+        """Sets pages_to_scan so that a pass over what is mergeable now takes pass_s: from the time
+        that a pass takes with a first guess. Takes two passes and more."""
+        self.wait_pass()
+        for _ in range(2):
+            took = self.wait_pass()
+            if abs(took - pass_s) < 0.1 * pass_s:
+                break
+            pages = max(1, round(int(read("pages_to_scan")) * took / pass_s))
+            write("pages_to_scan", str(pages))
+
+    @staticmethod
+    def wait_pass(limit_s=60):
+        """Until the running pass ends; how long that took."""
+        start, passes = time.monotonic(), number("full_scans")
+        while number("full_scans") == passes and time.monotonic() - start < limit_s:
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+    @staticmethod
+    def metadata_bytes(pids):
+        """What the kernel keeps about these processes' pages."""
+        items = 0
+        for pid in pids:
+            with open(f"/proc/{pid}/ksm_stat") as file:
+                items += int(next(line.split()[1] for line in file if "ksm_rmap_items" in line))
+        return items * RMAP_ITEM_BYTES + number("pages_shared") * STABLE_NODE_BYTES
+
+
+def guard():
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    if sys.stdin.buffer.read() != b"done":
+        put_back(json.loads(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    guard()

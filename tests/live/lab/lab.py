@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laboratory: one directory, one memd, some guests, and the certainty that they end."""
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+
+from . import api, machine
+from .errors import Failure, Skip, wait_for
+from .guest import Guest, memory_options, qemu_command
+
+__all__ = ["Lab", "Failure", "Skip", "wait_for"]
+
+
+class Lab:
+    """Everything lives in `directory` (short: unix socket paths are). Use it as a context: on the
+    way out all processes are killed and the directory is removed, unless something failed: then
+    the logs stay. With `outlive` the processes don't die with us, and `keep` leaves them alone."""
+
+    def __init__(self, outlive=False):
+        self.directory = tempfile.mkdtemp(prefix="memd-")
+        os.chmod(self.directory, 0o755)  # a VMM under another uid reaches its sockets
+        self.socket = os.path.join(self.directory, "memd.sock")
+        self.config = os.path.join(self.directory, "memd.conf")
+        self.memd = None
+        self.guests = {}
+        self.failed = False
+        self.keep = False
+        self._outlive = outlive
+        self._processes = []
+        self._files = machine.guest_files()
+        self.accelerator = machine.accelerator(self._files)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        calm = (Skip, KeyboardInterrupt)
+        self.failed = self.failed or (kind is not None and not issubclass(kind, calm))
+        self.close()
+
+    def close(self):
+        """Ends what was started. The logs stay behind when something failed."""
+        if self.keep:
+            return
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for guest in self.guests.values():
+            guest.console.close()
+        if not self.failed:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    # ---- processes ----
+
+    def spawn(self, command, log, uid=None, env=None, over=None):
+        """Starts a program that dies with us (unless it is to outlive us); its words go to `log`.
+        uid: run it as that user and group. over: {'/proc/...': 'text'}, files that only this
+        program sees with another content (a mount namespace of its own)."""
+        wrapper = self._covering(over) if over else []
+        if uid is not None:
+            wrapper += ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+        if not self._outlive:
+            wrapper += ["setpriv", "--pdeathsig", "KILL"]
+        with open(os.path.join(self.directory, log), "a") as out:
+            process = subprocess.Popen(wrapper + command, stdin=subprocess.DEVNULL, stdout=out,
+                                       stderr=out, env={**os.environ, **(env or {})},
+                                       start_new_session=True)
+        self._processes.append(process)
+        return process
+
+    def _covering(self, over):
+        """Command words that bind the texts over the files and run what follows."""
+        script = ""
+        for number, (path, text) in enumerate(over.items()):
+            mine = os.path.join(self.directory, f"cover{number}.{len(self._processes)}")
+            with open(mine, "w") as file:
+                file.write(text)
+            os.chmod(mine, 0o644)
+            script += f"mount --bind {mine} {path} && "
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script + 'exec "$@"', "-"]
+
+    def stage(self):
+        """Programs, agent and guest where any user can read them (the checkout may be private)."""
+        place = os.path.join(self.directory, "stage")
+        if not os.path.isdir(place):
+            shutil.copytree(os.path.join(machine.build_dir(), "bin"), place + "/bin")
+            shutil.copytree(os.path.join(machine.build_dir(), "lib"), place + "/lib",
+                            ignore=shutil.ignore_patterns("*.a"))
+            os.makedirs(place + "/guest")
+            for name in ("vmlinuz", "initramfs"):
+                shutil.copy(os.path.join(self._files, name), place + "/guest")
+                os.chmod(f"{place}/guest/{name}", 0o644)
+        return place
+
+    def log(self, name):
+        try:
+            with open(os.path.join(self.directory, name), errors="replace") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+
+    # ---- memd ----
+
+    def write_config(self, sections, domains):
+        """sections: {'sharing': {'revisit_s': 1}}; domains: {'name': [uids]}"""
+        merged = {"host": {"socket": self.socket, "state_dir": os.path.join(self.directory, "state")},
+                  "sharing": {"revisit_s": 1, "cpu_percent": 100}}
+        for name, keys in sections.items():
+            merged.setdefault(name, {}).update(keys)
+        for name, uids in domains.items():
+            merged[f"domain {name}"] = {"uids": " ".join(str(uid) for uid in uids)}
+        with open(self.config + ".new", "w") as file:
+            for name, keys in merged.items():
+                file.write(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()))
+        os.rename(self.config + ".new", self.config)
+
+    def start_memd(self, sections=None, domains=None, over=None):
+        """Writes the configuration and starts memd. Call it again after kill_memd() for a restart:
+        without arguments the configuration is the one that stands."""
+        if sections is not None or domains is not None or not os.path.exists(self.config):
+            self.write_config(sections or {}, domains or {})
+        os.makedirs(os.path.join(self.directory, "state"), exist_ok=True)
+        self.memd = self.spawn([machine.program("memd"), "--config", self.config, "--foreground"],
+                               "memd.log", over=over)
+        wait_for("memd to answer", self._memd_answers, 30, 0.05)
+        return self.memd
+
+    def _memd_answers(self):
+        if self.memd.poll() is not None:
+            raise Failure(f"memd ended with {self.memd.returncode}: {self.log('memd.log')[-800:]}")
+        try:
+            return api.request(self.socket, "GET", "/v1/status")[0] == 200
+        except OSError:
+            return False
+
+    def kill_memd(self):
+        self.memd.send_signal(signal.SIGKILL)
+        self.memd.wait()
+
+    def reload_memd(self, sections, domains):
+        self.write_config(sections, domains)
+        self.memd.send_signal(signal.SIGHUP)
+
+    def get(self, target):
+        status, answer = api.request(self.socket, "GET", target)
+        if status != 200:
+            raise Failure(f"GET {target}: {status} {answer}")
+        return answer
+
+    def status(self):
+        return self.get("/v1/status")
+
+    def sharing(self):
+        return self.status()["sharing"]
+
+    def guest_status(self, name):
+        return self.get(f"/v1/guests/{name}")
+
+    def memctl(self, *words, env=None):
+        """(exit status, standard output, standard error)"""
+        done = subprocess.run([machine.program("memctl"), "--socket", self.socket, *words],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, timeout=120,
+                              env={**os.environ, **(env or {})})
+        return done.returncode, done.stdout, done.stderr
+
+    # ---- guests ----
+
+    def start_guest(self, name, memory="192M", domain=None, plain=False, devices=(), append="",
+                    run_options=(), uid=None, env=None, over=None, seed=None, initramfs=None,
+                    **regions):
+        """Boots a guest under `memctl run` (or, when plain, without memd at all). regions: sizes
+        for the workload (common="64M"), and its options (duty=20). Returns at once."""
+        regions["seed"] = seed if seed is not None else len(self.guests) + 1
+        directory, files, memctl = self.directory, self._files, machine.program("memctl")
+        if uid is not None:
+            files, memctl = self.stage() + "/guest", self.stage() + "/bin/memctl"
+            directory = os.path.join(self.directory, f"of-{uid}")
+            os.makedirs(directory, exist_ok=True)
+            os.chown(directory, uid, uid)
+        command = qemu_command(files + "/vmlinuz", initramfs or files + "/initramfs",
+                               self.accelerator, name, directory, memory,
+                               f"{memory_options(regions)} {append}", list(devices))
+        if not plain:
+            options = ["--name", name, *(["--domain", domain] if domain else []), *run_options]
+            command = [memctl, "--socket", self.socket, "run", *options, "--", *command]
+        process = self.spawn(command, f"{name}.stderr", uid, env, over)
+        guest = Guest(name, process, directory, os.path.join(self.directory, f"{name}.stderr"))
+        self.guests[name] = guest
+        return guest
+
+    def wait_connected(self, *names, seconds=120):
+        def connected():
+            guests = {guest["name"]: guest for guest in self.status()["guests"]}
+            return all(guests.get(name, {}).get("agent") == "connected" for name in names)
+        wait_for(f"the agents of {', '.join(names)}", connected, seconds, 0.2)
+
+    def vmm_pids(self):
+        return [guest.pid for guest in self.guests.values() if guest.is_alive()]
+
+    def pids(self):
+        memd = [self.memd.pid] if self.memd and self.memd.poll() is None else []
+        return memd + self.vmm_pids()
+
+    def wait_shared(self, pages, seconds=120):
+        """Until at least so many pages are saved by sharing (zero pages not counted)."""
+        wait_for(f"{pages} pages to be shared", lambda: self.sharing()["pages_sharing"] >= pages,
+                 seconds, 0.3)
+
+    def report_all(self):
+        """All living guests verify all their memory, at the same time."""
+        living = [guest for guest in self.guests.values() if guest.is_alive()]
+        tags = [(guest, guest.ask("report")) for guest in living]
+        return {guest.name: guest.judge(guest.await_answer(tag, "report")) for guest, tag in tags}

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run that ./quickstart shows, after packages and build. A list of steps (`STEPS`): each gets
+the Show, does one thing, and raises Failure if what it is about to say is not true."""
+import argparse
+import os
+import signal
+import sys
+import time
+
+from lab import Failure, Lab, PAGE, machine
+from lab.errors import wait_for
+
+QUIET_S = 8           # sharing has settled when so long ...
+QUIET_PART = 0.01     # ... no more than this part was gained
+SETTLE_LIMIT_S = 150
+BOOT_LIMIT_S = 300
+TRUE_WITHIN = 0.15    # how far the kernel's figures may be from memd's: the guests go on meanwhile
+KERNEL_AND_QEMU = 76 << 20  # of a guest's RAM, what its kernel and initramfs need for themselves
+
+
+def mib(size):
+    return f"{size / (1 << 20):.0f}"
+
+
+class Show:
+    """What the steps share: options, the lab, and the figures collected on the way."""
+
+    def __init__(self, options):
+        self.options = options
+        self.started = float(os.environ.get("MEMD_QUICKSTART_STARTED", time.time()))
+        self.tty = sys.stdout.isatty()
+        self.lab = None
+        self.engine = None
+        self.before_bytes = None  # PSS of everything before sharing
+        self.after_bytes = None
+        self.status = None        # memd's figures, taken with after_bytes
+        self.guests = {}          # name -> GET /v1/guests/NAME, likewise
+        self._open_line = False
+        self._last_text = ""
+
+    def say(self, text):
+        self.end_progress()
+        print(f"[{time.time() - self.started:4.0f} s] {text}", flush=True)
+
+    def progress(self, text):
+        """One line that changes in place; on what is no terminal, a line when there is news."""
+        line = f"[{time.time() - self.started:4.0f} s] {text}"
+        if self.tty:
+            print(f"\r\033[K{line}", end="", flush=True)
+            self._open_line = True
+        elif text != self._last_text:
+            print(line, flush=True)
+        self._last_text = text
+
+    def end_progress(self):
+        if self._open_line:
+            print(flush=True)
+            self._open_line = False
+
+    def names(self):
+        return list(self.lab.guests)
+
+
+# ---- what the guests hold ----
+
+def regions_for(memory_bytes):
+    """The guests' memory as a fleet has it: much in common, some of its own, a little in motion."""
+    room = memory_bytes - KERNEL_AND_QEMU
+    if room < (16 << 20):
+        raise SystemExit("quickstart: --memory must be 96M or more: the guests' kernel needs its part")
+    parts = {"common": 50, "zero": 14, "unique": 10, "twin": 8, "churn": 4, "hot": 2}
+    return {name: room * percent // 100 // PAGE * PAGE for name, percent in parts.items()}
+
+
+# ---- the steps ----
+
+def say_where(show):
+    words = {"kvm": "KVM (a real kernel boots under it)",
+             "tcg": "QEMU's TCG (no real kernel boots under /dev/kvm here)"}
+    show.say(f"guests run under {words[show.lab.accelerator]}")
+
+
+def choose_engine(show):
+    """The agent needs UFFDIO_MOVE (Linux 6.8) and more; without, memd steers the kernel's KSM."""
+    obstacle = machine.agent_obstacle()
+    show.engine = "kernel" if obstacle else "agent"
+    if obstacle:
+        show.say(f"no agent on this kernel ({os.uname().release}): {obstacle}")
+        show.say("sharing goes through kernel KSM, which memd steers")
+
+
+def configuration(show, revisit_s):
+    sections = {"sharing": {"engine": show.engine, "revisit_s": revisit_s}}
+    if show.options.budget:
+        sections["host"] = {"budget": show.options.budget}
+    return sections, {"quickstart": [0]}
+
+
+def start_memd(show):
+    """Scans are ten minutes apart at first, so that there is a state before sharing to measure."""
+    show.lab.start_memd(*configuration(show, 600))
+    show.say(f"memd runs, socket {show.lab.socket}")
+
+
+def boot_guests(show):
+    count, memory = show.options.guests, show.options.memory
+    regions = regions_for(machine.as_bytes(memory))
+    show.say(f"booting {count} guests with {memory} each")
+    for number in range(1, count + 1):
+        show.lab.start_guest(f"guest{number}", memory=memory, domain="quickstart", duty=5, **regions)
+    wait_for("the guests to boot", lambda: all_ready(show), BOOT_LIMIT_S, 1)
+    if show.engine == "agent":
+        show.lab.wait_connected(*show.names())
+    show.end_progress()
+
+
+def all_ready(show):
+    guests = show.lab.guests.values()
+    ready = sum(guest.is_ready() for guest in guests)
+    show.progress(f"{ready} of {len(guests)} guests have booted and filled their memory")
+    return ready == len(guests)
+
+
+def measured(show):
+    """PSS of all VMMs and memd, from the kernel, not from memd."""
+    return machine.pss_bytes(show.lab.pids())
+
+
+def measure_before(show):
+    show.before_bytes = measured(show) + show.lab.sharing()["saved_bytes"]
+    promised = machine.as_bytes(show.options.memory) * show.options.guests
+    show.say(f"before sharing the VMMs hold {mib(show.before_bytes)} MiB: their guests' memory "
+             f"({mib(promised)} MiB promised) and QEMU's own")
+
+
+def start_sharing(show):
+    show.lab.reload_memd(*configuration(show, 2))
+    show.say("sharing begins")
+
+
+def wait_settled(show):
+    """Until the gain of the last QUIET_S seconds was small. The guests write all the time, so the
+    figure never stands still."""
+    seen = []
+    first = time.monotonic()
+
+    def settled():
+        now, sharing = time.monotonic(), show.lab.sharing()
+        seen.append((now, sharing["saved_bytes"]))
+        show.progress(f"sharing: {mib(sharing['saved_bytes'])} MiB saved, "
+                      f"{sharing['pages_shared']} pages in the store, "
+                      f"{sharing['cpu_seconds']:.1f} s of CPU")
+        past = max((saved for when, saved in seen if now - when >= QUIET_S), default=None)
+        if now - first > SETTLE_LIMIT_S:
+            raise Failure(f"sharing did not settle in {SETTLE_LIMIT_S} s")
+        return past and sharing["saved_bytes"] <= past * (1 + QUIET_PART)
+
+    wait_for("sharing to settle", settled, SETTLE_LIMIT_S + 10, 1 if show.tty else 3)
+    show.end_progress()
+
+
+def let_guests_verify(show):
+    show.say("every guest verifies all of its memory")
+    reports = show.lab.report_all()
+    if len(reports) != show.options.guests:
+        raise Failure(f"only {len(reports)} of {show.options.guests} guests live")
+    pages = sum(int(report["pages"]) for report in reports.values())
+    show.say(f"{len(reports)} guests, {pages} pages, 0 errors")
+
+
+def collect(show):
+    """memd's figures and the kernel's, as close together as can be."""
+    show.after_bytes = measured(show)
+    show.status = show.lab.status()
+    show.guests = {name: show.lab.guest_status(name) for name in show.names()}
+
+
+def rows(show):
+    """For the table: name, and bytes promised, resident, shared, zero, saved; CPU seconds."""
+    guests = {guest["name"]: guest for guest in show.status["guests"]}
+    sharing = show.status["sharing"]
+    all_shared = sum(guest["places"]["shared"] for guest in guests.values()) or 1
+    for name in show.names():
+        guest, places = guests[name], guests[name]["places"]
+        # A guest's part of what sharing saves is its part of the shared pages.
+        saved = sharing["pages_sharing"] * places["shared"] / all_shared + places["zero"]
+        yield (name, guest["max_bytes"], guest["resident_bytes"], places["shared"] * PAGE,
+               places["zero"] * PAGE, saved * PAGE, show.guests[name]["counters"]["cpu_seconds"])
+
+
+def print_table(show):
+    show.end_progress()
+    engine = {"agent": "memd's agent", "kernel": "kernel KSM"}[show.engine]
+    print(f"\nMiB, after sharing through {engine}; CPU in seconds, what sharing has cost so far")
+    print(f"{'':10}{'promised':>10}{'resident':>10}{'shared':>10}{'zero':>10}{'saved':>10}{'CPU':>8}")
+    total = [0] * 6
+    for name, *figures in rows(show):
+        print(f"{name:10}" + "".join(f"{mib(f):>10}" for f in figures[:5]) + f"{figures[5]:8.1f}")
+        total = [a + b for a, b in zip(total, figures)]
+    sharing = show.status["sharing"]
+    print(f"{'total':10}" + "".join(f"{mib(f):>10}" for f in total[:4]) +
+          f"{mib(sharing['saved_bytes']):>10}{sharing['cpu_seconds']:8.1f}")
+    print(f"\nmeasured by the kernel (PSS of all VMMs and memd): {mib(show.before_bytes)} MiB before, "
+          f"{mib(show.after_bytes)} MiB after: {mib(show.before_bytes - show.after_bytes)} MiB less\n",
+          flush=True)
+
+
+# ---- is it true? ----
+
+def close_to(one, other, within=TRUE_WITHIN):
+    return abs(one - other) <= within * max(abs(one), abs(other))
+
+
+def check_identity(show):
+    sharing = show.status["sharing"]
+    wanted = PAGE * (sharing["pages_sharing"] + sharing["zero_pages"])
+    if sharing["saved_bytes"] != wanted:
+        raise Failure(f"saved_bytes is {sharing['saved_bytes']}, its parts make {wanted}")
+    if sharing["pages_sharing"] == 0:
+        raise Failure("nothing is shared")
+
+
+def check_places(show):
+    """Each guest's places sum to the RAM that memd manages for it, which is all of its RAM."""
+    for name, guest in show.guests.items():
+        managed = sum(block["pages"] for block in guest["blocks"] if block["managed"])
+        places = sum(guest["places"].values())
+        if places != managed:
+            raise Failure(f"{name}: the places sum to {places} pages, {managed} are managed")
+        if managed * PAGE < machine.as_bytes(show.options.memory):
+            raise Failure(f"{name}: only {managed} pages are managed")
+
+
+def check_resident(show):
+    told = sum(guest["resident_bytes"] for guest in show.status["guests"])
+    seen = sum(machine.pss_bytes([guest.pid]) for guest in show.lab.guests.values())
+    if not close_to(told, seen):
+        raise Failure(f"memd says the VMMs hold {mib(told)} MiB, the kernel {mib(seen)} MiB")
+
+
+def check_saved(show):
+    """What memd says it saved is what the kernel says is gone."""
+    saved = show.status["sharing"]["saved_bytes"]
+    less = show.before_bytes - show.after_bytes
+    if not close_to(saved, less):
+        raise Failure(f"memd says {mib(saved)} MiB are saved, the kernel counts {mib(less)} MiB less")
+
+
+def check_truth(show):
+    checks = [check_identity, check_resident, check_saved]
+    if show.engine == "agent":
+        checks.append(check_places)
+    for check in checks:
+        check(show)
+    show.say("true: the places sum, the parts make the savings, and the kernel counts the same")
+
+
+STEPS = [say_where, choose_engine, start_memd, boot_guests, measure_before, start_sharing,
+         wait_settled, let_guests_verify, collect, print_table, check_truth]
+
+
+# ---- leaving ----
+
+def leave_running(show):
+    lab = show.lab
+    lab.keep = True
+    stop = os.path.join(lab.directory, "stop")
+    with open(stop, "w") as file:
+        pids = " ".join(str(pid) for pid in reversed(lab.pids()))
+        file.write(f"#!/bin/sh\nkill {pids}\nrm -rf {lab.directory}\n")
+    os.chmod(stop, 0o755)
+    memctl = f"{machine.program('memctl')} --socket {lab.socket}"
+    show.say(f"left running. To look: {memctl} status; {memctl} guest guest1; "
+             f"tail -f {lab.directory}/guest1.log. To stop: {stop}")
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(prog="quickstart", add_help=False)
+    parser.add_argument("--guests", type=int, default=8)
+    parser.add_argument("--memory", default="256M")
+    parser.add_argument("--budget")
+    parser.add_argument("--keep", action="store_true")
+    return parser.parse_args()
+
+
+def stop_on_signal(*_):
+    raise KeyboardInterrupt
+
+
+def main():
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop_on_signal)
+    show = Show(parse_options())
+    try:
+        with Lab(outlive=show.options.keep) as lab:
+            show.lab = lab
+            for step in STEPS:
+                step(show)
+            if show.options.keep:
+                leave_running(show)
+    except Failure as failure:
+        show.say(f"NOT true or not done: {failure}")
+        show.say(f"logs: {show.lab.directory}")
+        return 1
+    except KeyboardInterrupt:
+        show.say("stopped")
+        return 130
+    show.say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

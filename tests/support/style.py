@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `style` suite: what can be said about the sources without running them. One result a rule;
+a failure names the first places. Works on what git knows or would take in."""
+import concurrent.futures
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "../.."))
+BUILD = os.environ.get("MEMD_BUILD", os.path.join(ROOT, "build"))
+CLANG_FORMAT = "14"  # other versions format some things differently
+
+# Which room includes from which (by directory pattern); system headers are not looked at. The
+# compiler is given the same walls as include directories; this says by name what broke.
+AGENT = ["memd/pages", "memd/*/agent", "vmm-hooks/agent", "vmm-hooks/gate"]
+MAY_INCLUDE = [
+    (["memd/common"], ["memd/common"]),
+    (AGENT, AGENT + ["memd/common", "vmm-hooks/include/memd"]),
+    (["vmm-hooks/include/memd"], ["vmm-hooks/include/memd"]),
+    (["vmm-hooks/qemu"], ["vmm-hooks/qemu", "memd/common"]),
+    (["memd/ctl"], ["memd/ctl", "memd/common", "vmm-hooks/qemu"]),
+    (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common"]),
+]
+NO_LICENCE_LINE = ["*.json", "*.md", "LICENSE", ".clang-*", ".gitignore", "*.expected", "tests/cli/data/*"]
+
+
+def files():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
+                            stdout=subprocess.PIPE, text=True).stdout.split("\n")
+    return sorted(name for name in listed if name and os.path.isfile(os.path.join(ROOT, name)))
+
+
+def read(name):
+    with open(os.path.join(ROOT, name), "rb") as file:
+        return file.read()
+
+
+def c_files():
+    return [name for name in files() if name.endswith((".c", ".h"))]
+
+
+def matches(directory, patterns):
+    """`*` stands for one name, not for several with slashes between."""
+    return any(fnmatch.fnmatch(directory, pattern) and directory.count("/") == pattern.count("/")
+               for pattern in patterns)
+
+
+# ---- rules: each gives a list of "place: what" ----
+
+def licence_lines():
+    bad = []
+    for name in files():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in NO_LICENCE_LINE):
+            continue
+        head = read(name)[:300].decode(errors="replace")
+        wanted = "GPL-2.0-or-later" if name.startswith("guest-drivers/linux/") else "Apache-2.0"
+        if f"SPDX-License-Identifier: {wanted}" not in head:
+            bad.append(f"{name}: no line 'SPDX-License-Identifier: {wanted}' at the top")
+    return bad
+
+
+def no_binaries():
+    return [f"{name}: a binary file" for name in files() if b"\0" in read(name)[:8000]]
+
+
+def no_white_space_at_line_ends():
+    bad = []
+    for name in files():
+        for number, line in enumerate(read(name).split(b"\n"), 1):
+            if line.rstrip(b" \t\r") != line:
+                bad.append(f"{name}:{number}: white space at the end")
+    return bad
+
+
+def rooms_include_only_their_neighbours():
+    headers = {}
+    for name in c_files():
+        headers.setdefault(os.path.basename(name), []).append(os.path.dirname(name))
+    bad = []
+    for name in c_files():
+        allowed = next((to for of, to in MAY_INCLUDE if matches(os.path.dirname(name), of)), None)
+        if allowed is None:
+            continue
+        for included in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', read(name), re.M):
+            included = included.decode()
+            where = headers.get(os.path.basename(included), [])
+            if not any(matches(directory, allowed) for directory in where):
+                bad.append(f"{name}: includes \"{included}\" from another room")
+    return bad
+
+
+def clang_format():
+    tool = shutil.which("clang-format")
+    version = subprocess.run([tool, "--version"], stdout=subprocess.PIPE, text=True).stdout if tool else ""
+    if f"version {CLANG_FORMAT}." not in version:
+        return f"clang-format {CLANG_FORMAT} is not here ({version.strip() or 'none'})"
+    done = subprocess.run([tool, "--dry-run", "-Werror", *c_files()], cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True)
+    return [line for line in done.stderr.split("\n") if "error:" in line]
+
+
+def tidy_one(name):
+    done = subprocess.run(["clang-tidy", "-quiet", "-p", BUILD, name], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return [line for line in done.stdout.split("\n") if re.search(r": (error|warning):", line)]
+
+
+def clang_tidy():
+    if not shutil.which("clang-tidy"):
+        return "clang-tidy is not here"
+    if not os.path.exists(os.path.join(BUILD, "compile_commands.json")):
+        return f"nothing was built in {BUILD}"
+    names = [name for name in c_files()
+             if name.endswith(".c") and name.startswith(("memd/", "vmm-hooks/"))]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for lines in pool.map(tidy_one, names) for line in lines]
+
+
+def shell_syntax():
+    bad = []
+    for name in files():
+        first = read(name).split(b"\n", 1)[0]
+        if not re.match(rb"#!.*\b(ba)?sh$", first) or b"busybox" in first:
+            continue
+        done = subprocess.run(["bash", "-n", name], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            bad.append(done.stderr.strip().split("\n")[0])
+    return bad
+
+
+def manual_pages():
+    pages = [name for name in files() if re.match(r"memd/man/.*\.[1-8]$", name)]
+    if not shutil.which("mandoc"):
+        return "mandoc is not here"
+    if not pages:
+        return ["memd/man: no manual page"]
+    done = subprocess.run(["mandoc", "-T", "lint", "-W", "warning", *pages], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [line for line in done.stdout.split("\n") if line]
+
+
+RULES = [licence_lines, no_binaries, no_white_space_at_line_ends, rooms_include_only_their_neighbours,
+         clang_format, clang_tidy, shell_syntax, manual_pages]
+
+
+def main():
+    wanted = sys.argv[1:]
+    failed = False
+    for rule in RULES:
+        name = f"style.{rule.__name__}"
+        if wanted and rule.__name__ not in wanted:
+            continue
+        found = rule()
+        if isinstance(found, str):
+            print(f"skip {name}: {found}", flush=True)
+        elif found:
+            failed = True
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            print(f"not ok {name}: {'; '.join(found[:3])}{more}", flush=True)
+        else:
+            print(f"ok {name}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The agent's hold on guest memory, tried on memory of this process: the test is VMM and guest at
+ * once, the fault handler is the real one, and the store is a memfd that the test seals.
+ */
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "discard.h"
+#include "fault.h"
+#include "freeze.h"
+#include "merge.h"
+#include "procfs.h"
+#include "remap.h"
+#include "uffd.h"
+
+#define PAGES 2048U
+
+static struct guest_ram ram;
+static struct fault_handler handler;
+static struct segments segments;
+static struct merge_stats stats;
+static struct ram_block *block;
+static uint8_t *guest;
+
+static void fill(uint8_t *page, uint32_t content)
+{
+    uint32_t *words = (uint32_t *)page;
+
+    for (uint32_t i = 0; i < PAGE_BYTES / 4; i++)
+        words[i] = content * 2654435761U + i;
+}
+
+static bool holds(const uint8_t *page, uint32_t content)
+{
+    uint8_t want[PAGE_BYTES];
+
+    fill(want, content);
+    return memcmp(page, want, PAGE_BYTES) == 0;
+}
+
+static int make_segment(uint32_t pages, uint32_t first_content, int seals)
+{
+    int fd = memfd_create("memd-test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    uint8_t page[PAGE_BYTES];
+
+    for (uint32_t i = 0; i < pages; i++) {
+        fill(page, first_content + i);
+        cr_assert_eq(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES), (ssize_t)PAGE_BYTES);
+    }
+    cr_assert_eq(fcntl(fd, F_ADD_SEALS, seals), 0);
+    return fd;
+}
+
+#define ALL_SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
+static void *reserve(size_t bytes)
+{
+    uint8_t *at =
+        mmap(NULL, bytes + HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    return (uint8_t *)(((uintptr_t)at + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+}
+
+static void set_up(void)
+{
+    const char *reason = "";
+
+    if (ram_open(&ram, -1, &reason) < 0)
+        cr_skip_test("no agent on this kernel: %s", reason);
+    ram.sources[PLACE_SHARED] = segments_source(&segments);
+    cr_assert_eq(fault_start(&handler, &ram), 0);
+    fault_open(&handler);
+    guest = reserve(PAGES * PAGE_BYTES);
+    cr_assert_eq(ram_add(&ram, guest, PAGES * PAGE_BYTES, 0, true, &block), 0);
+    for (uint32_t c = 0; c < block->chunk_count; c++) {
+        lock_take(&block->lock);
+        cr_assert_eq(remap_arm(&ram, block, ram_chunk_first(block, c), HUGE_PAGES), 0);
+        block->chunks[c].state = CHUNK_ARMED;
+        lock_release(&block->lock);
+    }
+    cr_assert_eq(segments_add(&segments, 1, 1024, make_segment(1024, 1000, ALL_SEALS)), 0);
+}
+
+static void tear_down(void)
+{
+    lock_take(&block->lock);
+    cr_assert_eq(discard_stand_down(&ram, block), 0);
+    lock_release(&block->lock);
+    fault_stop(&handler);
+}
+
+TestSuite(agent_pages, .init = set_up, .fini = tear_down, .timeout = 60);
+
+static void fill_guest(uint32_t index, uint32_t pages, uint32_t first_content)
+{
+    for (uint32_t i = 0; i < pages; i++)
+        fill(ram_address(block, index + i), first_content + i);
+}
+
+static void merge(uint32_t index, uint32_t slot_page, uint32_t pages, uint8_t *outcomes)
+{
+    merge_pages(&ram, &segments, block, index, SLOT(1, slot_page), pages, outcomes, &stats);
+}
+
+static void assert_sums(void)
+{
+    uint64_t sum = 0;
+
+    for (int p = 0; p < PLACE_COUNT; p++)
+        sum += block->counts[p];
+    cr_assert_eq(sum, block->pages);
+    cr_assert_eq(ram.refused_transitions, 0);
+}
+
+static uint32_t vmas_of_guest(void)
+{
+    FILE *file = fopen("/proc/self/maps", "r");
+    char line[512];
+    uint32_t vmas = 0;
+    uintptr_t start, end;
+
+    while (fgets(line, sizeof(line), file))
+        if (sscanf(line, "%lx-%lx", &start, &end) == 2)
+            vmas += start < (uintptr_t)guest + PAGES * PAGE_BYTES && end > (uintptr_t)guest;
+    fclose(file);
+    return vmas;
+}
+
+Test(agent_pages, equal_pages_are_shared_and_read_the_same)
+{
+    uint8_t outcomes[300];
+
+    fill_guest(100, 300, 1000);
+    merge(100, 0, 300, outcomes);
+    for (uint32_t i = 0; i < 300; i++) {
+        cr_assert_eq(outcomes[i], 0);
+        cr_assert_eq(ram_place(block, 100 + i), PLACE_SHARED);
+        cr_assert(holds(ram_address(block, 100 + i), 1000 + i));
+    }
+    cr_assert_eq(block->counts[PLACE_SHARED], 300);
+    assert_sums();
+    cr_assert_leq(vmas_of_guest(), 3);
+}
+
+Test(agent_pages, a_page_that_differs_in_its_last_byte_goes_back)
+{
+    uint8_t outcomes[3];
+
+    fill_guest(0, 3, 1000);
+    ram_address(block, 1)[PAGE_BYTES - 1] ^= 1;
+    merge(0, 0, 3, outcomes);
+    cr_assert_eq(outcomes[0], 0);
+    cr_assert_eq(outcomes[1], NOT_MERGED_MISMATCH);
+    cr_assert_eq(outcomes[2], 0);
+    cr_assert(!holds(ram_address(block, 1), 1001));
+    ram_address(block, 1)[PAGE_BYTES - 1] ^= 1;
+    cr_assert(holds(ram_address(block, 1), 1001));
+    assert_sums();
+}
+
+Test(agent_pages, a_write_breaks_only_its_own_page_at_first)
+{
+    uint8_t outcomes[64];
+
+    fill_guest(512, 64, 1000);
+    merge(512, 0, 64, outcomes);
+    ram_address(block, 530)[7] = 0x55;
+    cr_assert_eq(ram_place(block, 530), PLACE_PRIVATE);
+    cr_assert_eq(ram_place(block, 529), PLACE_SHARED);
+    cr_assert_eq(ram_place(block, 531), PLACE_SHARED);
+    cr_assert_eq(ram_address(block, 530)[7], 0x55);
+    cr_assert_eq(ram.broken.count, 1);
+    cr_assert_eq(ram.broken.pages[0], 530);
+    assert_sums();
+}
+
+Test(agent_pages, vmas_join_again_when_every_share_is_broken_one_by_one)
+{
+    uint8_t outcomes[512];
+
+    fill_guest(0, 512, 1000);
+    merge(0, 0, 512, outcomes);
+    for (uint32_t i = 0; i < 512; i += 2)
+        ram_address(block, i)[0]++;
+    for (uint32_t i = 1; i < 512; i += 2)
+        ram_address(block, i)[0]++;
+    cr_assert_eq(block->counts[PLACE_SHARED], 0);
+    cr_assert_leq(vmas_of_guest(), 2);
+    assert_sums();
+}
+
+Test(agent_pages, a_broken_page_can_be_shared_again)
+{
+    uint8_t outcomes[8];
+
+    fill_guest(0, 8, 1000);
+    for (int round = 0; round < 50; round++) {
+        merge(0, 0, 8, outcomes);
+        for (uint32_t i = 0; i < 8; i++) {
+            cr_assert_eq(outcomes[i], 0, "round %d page %u outcome %u", round, i, outcomes[i]);
+            ram_address(block, i)[100]++;
+            ram_address(block, i)[100]--;
+            cr_assert(holds(ram_address(block, i), 1000 + i));
+        }
+    }
+    assert_sums();
+}
+
+Test(agent_pages, a_discarded_share_reads_as_zeros)
+{
+    static const uint8_t zeros[PAGE_BYTES];
+    uint8_t outcomes[64];
+
+    fill_guest(0, 64, 1000);
+    merge(0, 0, 64, outcomes);
+    lock_take(&block->lock);
+    cr_assert_eq(discard_pages(&ram, block, 10, 30, MADV_DONTNEED), 0);
+    lock_release(&block->lock);
+    for (uint32_t i = 10; i < 40; i++)
+        cr_assert_eq(memcmp(ram_address(block, i), zeros, PAGE_BYTES), 0);
+    cr_assert(holds(ram_address(block, 9), 1009));
+    cr_assert(holds(ram_address(block, 40), 1040));
+    assert_sums();
+}
+
+Test(agent_pages, an_unsealed_segment_is_refused)
+{
+    int fd = make_segment(4, 0, F_SEAL_SHRINK | F_SEAL_GROW);
+
+    cr_assert_eq(segments_add(&segments, 2, 4, fd), -EPERM);
+    close(fd);
+    fd = make_segment(4, 0, ALL_SEALS);
+    cr_assert_eq(segments_add(&segments, 2, 5, fd), -EINVAL);
+    close(fd);
+}
+
+Test(agent_pages, a_fork_between_leaves_both_sides_right)
+{
+    uint8_t outcomes[64];
+    int status;
+    pid_t child;
+
+    fill_guest(0, 64, 1000);
+    merge(0, 0, 32, outcomes);
+    child = fork();
+    if (child == 0) {
+        for (uint32_t i = 0; i < 64; i++)
+            if (!holds(ram_address(block, i), 1000 + i))
+                _exit(1);
+        ram_address(block, 3)[0] = 1;
+        _exit(0);
+    }
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_assert_eq(status, 0);
+    merge(32, 32, 32, outcomes);
+    for (uint32_t i = 0; i < 64; i++)
+        cr_assert(holds(ram_address(block, i), 1000 + i));
+    assert_sums();
+}
+
+Test(agent_pages, pages_that_no_longer_are_exclusive_are_returned_by_copy)
+{
+    int status;
+    pid_t child;
+
+    fill_guest(0, 4, 1000);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 0, 4), 4);
+    madvise(ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES, MADV_DOFORK);
+    child = fork(); /* the staged pages are shared with the child now: MOVE will refuse them */
+    if (child == 0) {
+        pause();
+        _exit(0);
+    }
+    freeze_return(&ram, block, 0, 0, 4);
+    freeze_thaw(&ram, block, 0, 4);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < 4; i++)
+        cr_assert(holds(ram_address(block, i), 1000 + i));
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+}
+
+Test(agent_pages, segments_can_be_given_up_one_by_one)
+{
+    uint8_t outcomes[64];
+
+    cr_assert_eq(segments_add(&segments, 2, 64, make_segment(64, 5000, ALL_SEALS)), 0);
+    fill_guest(0, 64, 1000);
+    fill_guest(64, 64, 5000);
+    merge(0, 0, 64, outcomes);
+    merge_pages(&ram, &segments, block, 64, SLOT(2, 0), 64, outcomes, &stats);
+    lock_take(&block->lock);
+    cr_assert_eq(discard_segment(&ram, block, 2), 0);
+    lock_release(&block->lock);
+    segments_remove(&segments, 2);
+    cr_assert_eq(block->counts[PLACE_SHARED], 64);
+    for (uint32_t i = 0; i < 128; i++)
+        cr_assert(holds(ram_address(block, i), i < 64 ? 1000 + i : 5000 + i - 64));
+    assert_sums();
+}
+
+Test(agent_pages, a_shared_page_moves_within_the_store)
+{
+    uint8_t outcomes[4];
+
+    cr_assert_eq(segments_add(&segments, 2, 64, make_segment(64, 1000, ALL_SEALS)), 0);
+    fill_guest(0, 4, 1000);
+    merge(0, 0, 4, outcomes);
+    cr_assert_eq(merge_remap(&ram, &segments, block, 1, SLOT(2, 1), &stats), 0);
+    cr_assert_eq(block->slots[1], SLOT(2, 1));
+    cr_assert_eq(merge_remap(&ram, &segments, block, 2, SLOT(2, 1), &stats), NOT_MERGED_MISMATCH);
+    cr_assert(holds(ram_address(block, 1), 1001));
+    ram_address(block, 1)[0]++;
+    cr_assert_eq(ram_place(block, 1), PLACE_PRIVATE);
+    assert_sums();
+}

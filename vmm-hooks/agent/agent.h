@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The agent: what holds the parts together.
+ *
+ * Threads
+ *   scanner  (run.c, session.c) talks to memd, scans, merges. Everything that is not guest_ram
+ *            belongs to it.
+ *   handler  (fault.c) serves faults.
+ *   the VMM's own threads come in through attach.c and preload.c: they register RAM, discard
+ *            pages, and take RAM away. They touch guest_ram under a block's lock, and the few
+ *            words below that are marked so.
+ *
+ * The connection to memd may be missing, break, and come back at any time; the guest's memory does
+ * not depend on it.
+ */
+#ifndef MEMD_AGENT_AGENT_H
+#define MEMD_AGENT_AGENT_H
+
+#include <memd/memd.h>
+#include <pthread.h>
+
+#include "fault.h"
+#include "gate.h"
+#include "merge.h"
+#include "rpc.h"
+#include "scan.h"
+#include "segments.h"
+
+#define AGENT_MAX_LEFT_ALONE 32U
+
+/* RAM that the VMM announced and that is not managed. */
+struct left_alone {
+    uint64_t hva;
+    uint64_t pages;
+    const char *reason; /* static storage */
+};
+
+struct memd_vm {
+    struct guest_ram ram;
+    struct fault_handler handler;
+    struct segments segments;
+    struct scanner scanner;
+    struct merge_stats merge;
+    struct gate gate;
+    struct rpc rpc;
+
+    char socket[108];
+    char token[PROTOCOL_TOKEN_BYTES];
+    char vmm[32];
+    pthread_t thread;
+    int stop_fd;
+    uint32_t scanner_tid;
+
+    /* Set by any thread, under `words` where they are more than a word. */
+    struct lock words;
+    uint32_t state; /* enum agent_state */
+    uint32_t stop;
+    uint32_t forked;            /* this is a child of the VMM, without our threads */
+    uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
+    char reason[PROTOCOL_TEXT_BYTES];
+    uint32_t left_alone_count;
+    struct left_alone left_alone[AGENT_MAX_LEFT_ALONE];
+
+    /* The scanner's own. */
+    uint32_t ready; /* futex: 0 until the first attempt at everything is over */
+    int setup_result;
+    bool ram_open;
+    bool held; /* segments of an earlier connection are here */
+    uint64_t session;
+    uint32_t announced; /* blocks told to memd */
+    uint64_t gone;      /* bitmap of blocks whose leaving was told */
+    uint32_t alone_told;
+    uint32_t revisit_ms;
+    uint32_t cpu_permille;
+    uint32_t interval_ms;
+    bool paused;
+    bool detached; /* memd asked us to let go */
+    bool in_pass;
+    bool sink_full;
+    uint64_t next_pass_ns;
+    uint64_t next_connect_ns;
+    uint64_t budget_ns; /* CPU time that may be used now */
+    uint64_t budget_at_ns;
+    uint64_t cpu_at_ns;
+    uint64_t direct_io_at_ns;
+    bool direct_io_good;
+    uint32_t vmas;
+    uint32_t vma_limit;
+};
+
+/* attach.c */
+
+/* memd_attach, but an agent that can't work (vm->setup_result) stays, to tell memd why. */
+int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm);
+
+/* Records why nothing (more) is shared, for memctl guest. */
+void agent_say(struct memd_vm *vm, const char *reason);
+/* Gives everything back to the guest and lets it rest, in this state and for this reason. Any
+ * thread. Returns pages that could not be made private. */
+uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char *reason);
+
+/* Up to so many blocks can be touched by one call of the VMM. */
+#define AGENT_MAX_LEAVING 8U
+
+struct agent_leaving {
+    uint32_t count;
+    struct ram_block *blocks[AGENT_MAX_LEAVING];
+};
+
+/*
+ * The VMM is about to change the mapping of [addr, addr + bytes) in a way that memd can't follow:
+ * every block that it touches is given back. With `unmapping`, pages that are all within the range
+ * are not copied first. The blocks stay locked until agent_leave_end, so that the change and our
+ * letting go are one.
+ */
+void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
+                       struct agent_leaving *leaving);
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving);
+
+/* memd_ram_discard with the VMM's own advice. 0 or -errno. */
+int agent_discard(struct memd_vm *vm, void *addr, size_t bytes, int advice);
+
+/* The same in a child of the VMM, which has copies of our mappings but no agent. */
+int agent_discard_in_child(struct memd_vm *vm, void *addr, size_t bytes, int advice);
+
+/* session.c (scanner's thread) */
+
+/* Connects and greets; puts back what an earlier connection had. 0 or -errno. */
+int session_open(struct memd_vm *vm);
+void session_close(struct memd_vm *vm);
+/* Reads messages and the ring, answers. Returns how much there was, 0 for nothing. */
+uint32_t session_turn(struct memd_vm *vm);
+/* Tells memd of new blocks, blocks that left, and shares that ended. */
+void session_report(struct memd_vm *vm);
+void session_pass_end(struct memd_vm *vm);
+/* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */
+bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg);
+/* Waits for memd or for somebody to stop us. */
+void session_wait(struct memd_vm *vm, uint64_t ns);
+
+/* run.c (scanner's thread) */
+void *run_scanner(void *vm);
+uint64_t run_now_ns(void);
+uint64_t run_cpu_ns(const struct memd_vm *vm);
+/* May these pages be frozen, as far as I/O and hooks go? Says why not. */
+bool run_may_freeze(void *vm, struct ram_block *block, uint32_t index, uint32_t pages);
+/* How long a run must be now to be worth two more VMAs; 0: no VMA may be spent at all. */
+uint32_t run_shortest_run(const struct memd_vm *vm);
+
+#endif

@@ -1,0 +1,385 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The public interface, and what the VMM's own threads do in the agent: attach, register, discard,
+ * take away, detach.
+ */
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include "agent.h"
+#include "discard.h"
+#include "procfs.h"
+
+/* The one agent of this process, for fork. */
+static struct memd_vm *the_vm;
+
+void agent_say(struct memd_vm *vm, const char *reason)
+{
+    lock_take(&vm->words);
+    strncpy(vm->reason, reason, sizeof(vm->reason) - 1);
+    lock_release(&vm->words);
+}
+
+/* ---- fork: no page table may be copied in the middle of a freeze ---- */
+
+static void before_fork(void)
+{
+    if (the_vm)
+        ram_lock_all(&the_vm->ram);
+}
+
+static void after_fork(void)
+{
+    if (the_vm)
+        ram_unlock_all(&the_vm->ram);
+}
+
+/* The child has copies of the mappings, without our registrations and without our threads. */
+static void in_child(void)
+{
+    if (!the_vm)
+        return;
+    ram_reset_locks(&the_vm->ram);
+    lock_reset(&the_vm->words);
+    the_vm->forked = 1;
+}
+
+/* ---- attach ---- */
+
+static int copy_options(struct memd_vm *vm, const struct memd_options *options)
+{
+    const char *socket = options->socket ? options->socket : "/run/memd/memd.sock.agent";
+    const char *vmm = options->vmm ? options->vmm : "linked";
+
+    if (options->size < sizeof(options->size) || strlen(socket) >= sizeof(vm->socket))
+        return -EINVAL;
+    if (options->token && strlen(options->token) != PROTOCOL_TOKEN_BYTES)
+        return -EINVAL;
+    memcpy(vm->socket, socket, strlen(socket) + 1);
+    strncpy(vm->vmm, vmm, sizeof(vm->vmm) - 1);
+    if (options->token)
+        memcpy(vm->token, options->token, PROTOCOL_TOKEN_BYTES);
+    gate_open(&vm->gate, options->ops, options->opaque);
+    return 0;
+}
+
+static void read_vma_limit(struct memd_vm *vm)
+{
+    long limit = procfs_number("/proc/sys/vm/max_map_count");
+
+    /* A quarter stays the VMM's. */
+    vm->vma_limit = (uint32_t)(limit > 0 ? limit : 65530) / 4 * 3;
+}
+
+static int start_threads(struct memd_vm *vm)
+{
+    sigset_t all;
+    sigset_t old;
+    int r = fault_start(&vm->handler, &vm->ram);
+
+    if (r < 0)
+        return r;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    r = -pthread_create(&vm->thread, NULL, run_scanner, vm);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (r < 0) {
+        fault_stop(&vm->handler);
+        return r;
+    }
+    while (!__atomic_load_n(&vm->ready, __ATOMIC_ACQUIRE))
+        sys_call4(SYS_futex, &vm->ready, FUTEX_WAIT_PRIVATE, 0, NULL);
+    return 0;
+}
+
+static void free_vm(struct memd_vm *vm)
+{
+    sys_close(vm->stop_fd);
+    sys_munmap(vm, sizeof(*vm));
+}
+
+int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
+{
+    static const struct memd_vm *registered_fork;
+    struct memd_vm *vm;
+    int r;
+
+    if (the_vm)
+        return -EBUSY;
+    vm = sys_mmap(NULL, sizeof(*vm), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (sys_failed(vm))
+        return (int)(intptr_t)vm;
+    vm->rpc.fd = -1;
+    vm->stop_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+    r = copy_options(vm, options);
+    read_vma_limit(vm);
+    if (r == 0)
+        r = start_threads(vm);
+    if (r < 0) {
+        free_vm(vm);
+        return r;
+    }
+    if (!registered_fork && pthread_atfork(before_fork, after_fork, in_child) == 0)
+        registered_fork = vm;
+    the_vm = vm;
+    *ret_vm = vm;
+    return 0;
+}
+
+int memd_attach(const struct memd_options *options, struct memd_vm **ret_vm)
+{
+    struct memd_vm *vm = NULL;
+    int r = agent_attach(options, &vm);
+
+    if (!vm)
+        return r;
+    r = vm->setup_result;
+    if (r < 0) {
+        memd_detach(vm);
+        return r;
+    }
+    *ret_vm = vm;
+    return 0;
+}
+
+/* ---- RAM ---- */
+
+static void leave_alone(struct memd_vm *vm, void *addr, size_t bytes, const char *reason)
+{
+    lock_take(&vm->words);
+    if (vm->left_alone_count < AGENT_MAX_LEFT_ALONE)
+        vm->left_alone[vm->left_alone_count++] = (struct left_alone){
+            .hva = (uintptr_t)addr, .pages = bytes / PAGE_BYTES, .reason = reason};
+    lock_release(&vm->words);
+}
+
+int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
+{
+    const char *reason = "memd has no room for another block of RAM";
+    uint32_t attributes = 0;
+    struct ram_block *block;
+    int r;
+
+    if ((uintptr_t)addr % PAGE_BYTES || bytes % PAGE_BYTES || bytes == 0)
+        return -EINVAL;
+    if (__atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) != AGENT_ACTIVE)
+        r = -EAGAIN, reason = "the agent has stood down";
+    else
+        r = ram_inspect(addr, bytes, &attributes, &reason);
+    if (r == 0)
+        r = ram_add(&vm->ram, addr, bytes, attributes, flags & MEMD_RAM_FRESH, &block);
+    if (r == -EEXIST)
+        return r;
+    if (r < 0)
+        leave_alone(vm, addr, bytes, r == -ENOMEM ? "no memory for its tables" : reason);
+    return r;
+}
+
+static bool covers(const struct ram_block *block, const uint8_t *addr, size_t bytes)
+{
+    return addr <= block->base && addr + bytes >= ram_address(block, block->pages);
+}
+
+static bool overlaps(const struct ram_block *block, const uint8_t *addr, size_t bytes)
+{
+    return addr < ram_address(block, block->pages) && addr + bytes > block->base;
+}
+
+/* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
+static void let_go(struct memd_vm *vm, struct ram_block *block, bool unmapping)
+{
+    if (!unmapping && (discard_stand_down(&vm->ram, block) > 0 || block->captives > 0)) {
+        block->resting = true;
+        return;
+    }
+    ram_forget(&vm->ram, block);
+}
+
+void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
+                       struct agent_leaving *leaving)
+{
+    leaving->count = 0;
+    /* All of the reading locks before the first block lock: whoever holds the one may be waiting
+     * for the fault handler, and that for the other. */
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        struct ram_block *block = &vm->ram.blocks[i];
+        if (!block->live || !overlaps(block, addr, bytes) || leaving->count == AGENT_MAX_LEAVING)
+            continue;
+        lock_take(&block->reading);
+        leaving->blocks[leaving->count++] = block;
+    }
+    for (uint32_t i = 0; i < leaving->count; i++) {
+        struct ram_block *block = leaving->blocks[i];
+        lock_take(&block->lock);
+        if (block->live)
+            let_go(vm, block, unmapping && covers(block, addr, bytes));
+    }
+}
+
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
+{
+    (void)vm;
+    while (leaving->count > 0) {
+        struct ram_block *block = leaving->blocks[--leaving->count];
+        lock_release(&block->lock);
+        lock_release(&block->reading);
+    }
+}
+
+int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
+{
+    struct ram_block *block = ram_find(&vm->ram, addr);
+    struct agent_leaving leaving;
+    bool gone;
+
+    if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
+        return -ENOENT;
+    agent_leave_begin(vm, addr, bytes, false, &leaving);
+    gone = !block->live || block->counts[PLACE_SHARED] == 0;
+    agent_leave_end(vm, &leaving);
+    return gone ? 0 : -ENOMEM;
+}
+
+/* The part of [addr, addr + bytes) that lies in the block, in whole pages. */
+static int discard_in_block(struct memd_vm *vm, struct ram_block *block, uint8_t *addr,
+                            size_t bytes, int advice)
+{
+    uint8_t *end = addr + bytes;
+    uint8_t *block_end = ram_address(block, block->pages);
+    uint8_t *from = addr > block->base ? addr : block->base;
+    uint8_t *to = end < block_end ? end : block_end;
+    int r = -EAGAIN;
+
+    lock_take(&block->lock);
+    if (block->live)
+        r = discard_pages(&vm->ram, block, (uint32_t)((from - block->base) / (long)PAGE_BYTES),
+                          (uint32_t)((to - from) / (long)PAGE_BYTES), advice);
+    lock_release(&block->lock);
+    return r == -EAGAIN ? sys_madvise(from, (size_t)(to - from), advice) : r;
+}
+
+int agent_discard(struct memd_vm *vm, void *addr, size_t bytes, int advice)
+{
+    uint8_t *at = addr;
+    uint8_t *end;
+    int result = 0;
+
+    bytes = (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    if ((uintptr_t)addr % PAGE_BYTES)
+        return -EINVAL;
+    end = at + bytes;
+    while (at < end) {
+        struct ram_block *block = ram_find(&vm->ram, at);
+        uint8_t *stop = end;
+        int r;
+
+        if (block && ram_address(block, block->pages) < end)
+            stop = ram_address(block, block->pages);
+        for (uint32_t i = 0; !block && i < vm->ram.block_count; i++)
+            if (vm->ram.blocks[i].live && vm->ram.blocks[i].base > at &&
+                vm->ram.blocks[i].base < stop)
+                stop = vm->ram.blocks[i].base;
+        r = block ? discard_in_block(vm, block, at, (size_t)(stop - at), advice)
+                  : sys_madvise(at, (size_t)(stop - at), advice);
+        if (r < 0)
+            result = r;
+        at = stop;
+    }
+    return result;
+}
+
+int agent_discard_in_child(struct memd_vm *vm, void *addr, size_t bytes, int advice)
+{
+    uint8_t *end = (uint8_t *)addr + bytes;
+    int result = 0;
+
+    for (uint8_t *at = addr; at < end; at += PAGE_BYTES) {
+        struct ram_block *block = ram_find(&vm->ram, at);
+        uint32_t index = block ? (uint32_t)((at - block->base) / (long)PAGE_BYTES) : 0;
+        int r = 0;
+        if (block && (ram_place(block, index) == PLACE_SHARED || ram_captive(block, index))) {
+            void *fresh = sys_mmap(at, PAGE_BYTES, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            r = sys_failed(fresh) ? (int)(intptr_t)fresh : 0;
+        } else {
+            r = sys_madvise(at, PAGE_BYTES, advice);
+        }
+        if (r < 0)
+            result = r;
+    }
+    return result;
+}
+
+int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes)
+{
+    return agent_discard(vm, addr, bytes, MADV_DONTNEED);
+}
+
+/* ---- standing down, detaching ---- */
+
+uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char *reason)
+{
+    uint32_t left = 0;
+
+    if (__atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) != AGENT_GAVE_UP) {
+        __atomic_store_n(&vm->state, state, __ATOMIC_RELEASE);
+        agent_say(vm, reason);
+    }
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        struct ram_block *block = &vm->ram.blocks[i];
+        lock_take(&block->lock);
+        if (block->live)
+            left += discard_stand_down(&vm->ram, block);
+        lock_release(&block->lock);
+    }
+    return left;
+}
+
+int memd_get_status(struct memd_vm *vm, struct memd_status *ret_status)
+{
+    struct memd_status status = {
+        .size = ret_status->size,
+        .merges = vm->merge.merges,
+        .unmerges = vm->ram.unmerges,
+        .zero_merges = vm->scanner.zero_merges,
+        .connected = vm->rpc.fd >= 0,
+        .passes = vm->scanner.passes,
+    };
+
+    if (ret_status->size < sizeof(ret_status->size) || ret_status->size > sizeof(status))
+        return -EINVAL;
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        const struct ram_block *block = &vm->ram.blocks[i];
+        if (!block->live)
+            continue;
+        status.pages += block->pages;
+        status.shared += block->counts[PLACE_SHARED];
+        status.zero += block->counts[PLACE_ZERO];
+        status.captives += block->captives;
+    }
+    memcpy(ret_status, &status, ret_status->size);
+    return 0;
+}
+
+int memd_detach(struct memd_vm *vm)
+{
+    uint64_t one = 1;
+
+    if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
+        return -ENOMEM;
+    __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);
+    sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
+    pthread_join(vm->thread, NULL);
+    fault_stop(&vm->handler);
+    the_vm = NULL;
+    for (uint32_t i = 0; i < vm->ram.block_count; i++)
+        if (vm->ram.blocks[i].live)
+            ram_forget(&vm->ram, &vm->ram.blocks[i]);
+    if (vm->ram_open)
+        ram_close(&vm->ram);
+    free_vm(vm);
+    return 0;
+}

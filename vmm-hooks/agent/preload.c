@@ -1,0 +1,571 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * libmemd-preload: the agent inside a stock VMM, under the libc calls that the VMM makes anyway.
+ *
+ * A VMM announces its guest's RAM by madvise(MADV_MERGEABLE), as QEMU does for every block before
+ * the guest starts. The first such call attaches the agent; it is swallowed, or ksmd would fight
+ * for the same pages. From then on each call that changes memory is looked at: outside registered
+ * RAM (and that is one comparison) it goes to the kernel as it is; inside it does what the caller
+ * expects without ever showing the guest a byte that is not its own.
+ *
+ * Nothing here goes back through libc to do its work, nothing allocates, and where the agent is
+ * missing or has given up every call is the kernel's own.
+ *
+ * Built with MEMD_TEST_NO_INTERPOSE the discards are not looked at: a test uses that to show that
+ * the guest's memory then goes wrong.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "agent.h"
+#include "kernel_abi.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Blocks below this are ROMs and the like. */
+#define SMALLEST_BLOCK (1UL << 20)
+
+#define VFIO_IOMMU_MAP_DMA 0x3b71 /* include/uapi/linux/vfio.h: _IO(';', 100 + 13) */
+#define IOMMU_IOAS_MAP     0x3b85 /* include/uapi/linux/iommufd.h: _IO(';', 0x85) */
+
+/* MADV_ values that are younger than some libc headers. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ  22
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum preload_state { PRELOAD_NEW, PRELOAD_STARTING, PRELOAD_READY, PRELOAD_FAILED };
+
+static struct {
+    uint32_t state;
+    struct memd_vm *vm;
+    uint32_t memory_locked; /* mlockall was seen before there was an agent */
+    /* The backing file of guest RAM that was answered with private memory. */
+    dev_t ram_device;
+    ino_t ram_inode;
+    uint8_t *ram_address;
+    size_t ram_bytes;
+} preload;
+
+static long finish(long result)
+{
+    if (result < 0 && result > -4096) {
+        errno = (int)-result;
+        return -1;
+    }
+    return result;
+}
+
+static struct memd_vm *agent(void)
+{
+    return __atomic_load_n(&preload.state, __ATOMIC_ACQUIRE) == PRELOAD_READY ? preload.vm : NULL;
+}
+
+/* The agent, if the range touches what may be registered RAM. */
+static struct memd_vm *touched(const void *addr, size_t bytes)
+{
+    struct memd_vm *vm = agent();
+
+    if (!vm || (uintptr_t)addr >= vm->ram.highest || (uintptr_t)addr + bytes <= vm->ram.lowest)
+        return NULL;
+    return vm;
+}
+
+/* The same, but not in a child of the VMM: its memory is a copy that no agent looks after. */
+static struct memd_vm *concerned(const void *addr, size_t bytes)
+{
+    struct memd_vm *vm = touched(addr, bytes);
+
+    return vm && !vm->forked ? vm : NULL;
+}
+
+/* ---- attaching ---- */
+
+static void attach(void)
+{
+    uint32_t expected = PRELOAD_NEW;
+    struct memd_options options = {
+        .size = sizeof(options),
+        .socket = getenv("MEMD_AGENT_SOCKET"),
+        .token = getenv("MEMD_TOKEN"),
+        .vmm = "qemu",
+    };
+
+    if (!__atomic_compare_exchange_n(&preload.state, &expected, PRELOAD_STARTING, false,
+                                     __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        return;
+    if (!options.socket || agent_attach(&options, &preload.vm) < 0) {
+        __atomic_store_n(&preload.state, PRELOAD_FAILED, __ATOMIC_RELEASE);
+        return;
+    }
+    __atomic_store_n(&preload.state, PRELOAD_READY, __ATOMIC_RELEASE);
+    if (preload.memory_locked)
+        agent_stand_down(preload.vm, AGENT_GAVE_UP, "the VMM locks its memory (mlockall)");
+}
+
+/* 0: registered, the advice is ours. 1: not for us, ask the kernel. */
+static int announce(void *addr, size_t bytes)
+{
+    struct memd_vm *vm;
+
+    if (bytes < SMALLEST_BLOCK || (uintptr_t)addr % PAGE_BYTES || bytes % PAGE_BYTES)
+        return 1;
+    attach();
+    vm = agent();
+    if (!vm || vm->setup_result < 0)
+        return 1;
+    return memd_ram_add(vm, addr, bytes, MEMD_RAM_FRESH) < 0;
+}
+
+/* ---- madvise ---- */
+
+static bool is_discard(int advice)
+{
+    return advice == MADV_DONTNEED || advice == MADV_REMOVE || advice == MADV_FREE;
+}
+
+/* Attributes that memd has to put back wherever it maps something. */
+static bool is_attribute(int advice)
+{
+    return advice == MADV_DONTFORK || advice == MADV_DOFORK || advice == MADV_DONTDUMP ||
+           advice == MADV_DODUMP || advice == MADV_HUGEPAGE || advice == MADV_NOHUGEPAGE;
+}
+
+static void change_attributes(struct ram_block *block, int advice)
+{
+    const struct {
+        int advice;
+        uint32_t set, clear;
+    } changes[] = {
+        {MADV_DONTFORK, RAM_DONTFORK, 0},
+        {MADV_DOFORK, 0, RAM_DONTFORK},
+        {MADV_DONTDUMP, RAM_DONTDUMP, 0},
+        {MADV_DODUMP, 0, RAM_DONTDUMP},
+        {MADV_HUGEPAGE, RAM_HUGEPAGE, RAM_NOHUGEPAGE},
+        {MADV_NOHUGEPAGE, RAM_NOHUGEPAGE, RAM_HUGEPAGE},
+    };
+
+    for (size_t i = 0; i < sizeof(changes) / sizeof(changes[0]); i++)
+        if (changes[i].advice == advice)
+            block->attributes = (block->attributes & ~changes[i].clear) | changes[i].set;
+}
+
+/* For a whole block, or several: the shadow gets it too. For a part: that block is given back. */
+static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int advice)
+{
+    struct agent_leaving leaving;
+    uint8_t *end = (uint8_t *)addr + bytes;
+    int r;
+
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        struct ram_block *block = &vm->ram.blocks[i];
+        uint8_t *block_end = ram_address(block, block->pages);
+        if (!block->live || end <= block->base || (uint8_t *)addr >= block_end)
+            continue;
+        if ((uint8_t *)addr > block->base || end < block_end) {
+            agent_leave_begin(vm, addr, bytes, false, &leaving);
+            agent_leave_end(vm, &leaving);
+            agent_say(vm, "the VMM gave a part of its RAM attributes of its own (madvise)");
+            continue;
+        }
+        lock_take(&block->lock);
+        if (block->live) {
+            change_attributes(block, advice);
+            sys_madvise(block->shadow, (size_t)(block->pages + 1) * PAGE_BYTES, advice);
+        }
+        lock_release(&block->lock);
+    }
+    r = sys_madvise(addr, bytes, advice);
+    return r;
+}
+
+static int advise(void *addr, size_t bytes, int advice)
+{
+    struct memd_vm *vm;
+
+    if (advice == MADV_MERGEABLE && announce(addr, bytes) == 0)
+        return 0;
+    vm = touched(addr, bytes);
+#ifdef MEMD_TEST_NO_INTERPOSE
+    if (is_discard(advice))
+        vm = NULL;
+#endif
+    if (!vm)
+        return sys_madvise(addr, bytes, advice);
+    if (vm->forked)
+        return is_discard(advice) ? agent_discard_in_child(vm, addr, bytes, advice)
+                                  : sys_madvise(addr, bytes, advice);
+    if (is_discard(advice)) {
+        bool is_fake_file = advice == MADV_REMOVE && (uint8_t *)addr >= preload.ram_address &&
+                            (uint8_t *)addr < preload.ram_address + preload.ram_bytes;
+        return agent_discard(vm, addr, bytes, is_fake_file ? MADV_DONTNEED : advice);
+    }
+    if (is_attribute(advice))
+        return advise_attribute(vm, addr, bytes, advice);
+    return sys_madvise(addr, bytes, advice);
+}
+
+EXPORT int madvise(void *addr, size_t bytes, int advice)
+{
+    return (int)finish(advise(addr, bytes, advice));
+}
+
+EXPORT int posix_madvise(void *addr, size_t bytes, int advice)
+{
+    /* POSIX_MADV_DONTNEED must not lose data: glibc ignores it, and so do we. */
+    return advice == POSIX_MADV_DONTNEED ? 0 : -advise(addr, bytes, advice);
+}
+
+/* ---- mappings ---- */
+
+/* Is it the file that memctl run put guest RAM on? MEMD_RAM_DIR has how its path begins: QEMU makes
+ * it in a directory of memctl's choosing, under a name of its own, and unlinks it at once. */
+static bool is_ram_file(int fd)
+{
+    static const char prefix[] = "/proc/self/fd/";
+    const char *beginning = getenv("MEMD_RAM_DIR");
+    char link[sizeof(prefix) + 12];
+    char target[256];
+    char digits[12];
+    size_t length = 0;
+    size_t at = sizeof(prefix) - 1;
+    long got;
+
+    if (!beginning || !*beginning || fd < 0)
+        return false;
+    memcpy(link, prefix, sizeof(prefix));
+    do {
+        digits[length++] = (char)('0' + fd % 10);
+        fd /= 10;
+    } while (fd > 0);
+    while (length > 0)
+        link[at++] = digits[--length];
+    link[at] = 0;
+    got = sys_call4(SYS_readlinkat, AT_FDCWD, link, target, sizeof(target) - 1);
+    if (got <= 0)
+        return false;
+    target[got] = 0;
+    /* The beginning of the file's path, not a whole directory: others have files there too. */
+    return strncmp(target, beginning, strlen(beginning)) == 0;
+}
+
+static void *answer_ram_file(void *addr, size_t bytes, int prot, int flags, int fd)
+{
+    void *at;
+    struct stat st;
+
+    flags &= ~(MAP_SHARED | MAP_SHARED_VALIDATE | MAP_SYNC);
+    at = sys_mmap(addr, bytes, prot, flags | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!sys_failed(at) && sys_call2(SYS_fstat, fd, &st) == 0) {
+        preload.ram_device = st.st_dev;
+        preload.ram_inode = st.st_ino;
+        preload.ram_address = at;
+        preload.ram_bytes = bytes;
+    }
+    return at;
+}
+
+static void *map(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+    struct memd_vm *vm = (flags & MAP_FIXED) ? concerned(addr, bytes) : NULL;
+    struct agent_leaving leaving;
+    void *at;
+
+    if (fd >= 0 && (flags & MAP_SHARED) && !(flags & MAP_ANONYMOUS) && offset == 0 &&
+        is_ram_file(fd))
+        return answer_ram_file(addr, bytes, prot, flags, fd);
+    if (!vm)
+        return sys_mmap(addr, bytes, prot, flags, fd, offset);
+    agent_leave_begin(vm, addr, bytes, true, &leaving);
+    at = sys_mmap(addr, bytes, prot, flags, fd, offset);
+    agent_leave_end(vm, &leaving);
+    return at;
+}
+
+EXPORT void *mmap(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
+{
+    return (void *)finish((long)map(addr, bytes, prot, flags, fd, offset));
+}
+
+EXPORT void *mmap64(void *addr, size_t bytes, int prot, int flags, int fd, off64_t offset)
+{
+    return (void *)finish((long)map(addr, bytes, prot, flags, fd, offset));
+}
+
+EXPORT int munmap(void *addr, size_t bytes)
+{
+    struct memd_vm *vm = concerned(addr, bytes);
+    struct agent_leaving leaving;
+    int r;
+
+    if (!vm)
+        return (int)finish(sys_munmap(addr, bytes));
+    agent_leave_begin(vm, addr, bytes, true, &leaving);
+    r = sys_munmap(addr, bytes);
+    agent_leave_end(vm, &leaving);
+    return (int)finish(r);
+}
+
+EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ...)
+{
+    struct memd_vm *vm = concerned(old, old_bytes ? old_bytes : 1);
+    struct agent_leaving leaving;
+    void *to = NULL;
+    void *at;
+    va_list list;
+
+    va_start(list, flags);
+    if (flags & MREMAP_FIXED)
+        to = va_arg(list, void *);
+    va_end(list);
+    if (!vm && (flags & MREMAP_FIXED))
+        vm = concerned(to, new_bytes);
+    if (!vm)
+        return (void *)finish((long)sys_mremap(old, old_bytes, new_bytes, flags, to));
+    /* One of the two ranges is RAM, never both. */
+    if (concerned(old, old_bytes ? old_bytes : 1))
+        agent_leave_begin(vm, old, old_bytes ? old_bytes : PAGE_BYTES, false, &leaving);
+    else
+        agent_leave_begin(vm, to, new_bytes, true, &leaving);
+    at = sys_mremap(old, old_bytes, new_bytes, flags, to);
+    agent_leave_end(vm, &leaving);
+    return (void *)finish((long)at);
+}
+
+EXPORT int mprotect(void *addr, size_t bytes, int prot)
+{
+    struct memd_vm *vm = concerned(addr, bytes);
+    struct agent_leaving leaving;
+    int r;
+
+    if (!vm)
+        return (int)finish(sys_call3(SYS_mprotect, addr, bytes, prot));
+    agent_leave_begin(vm, addr, bytes, false, &leaving);
+    r = (int)sys_call3(SYS_mprotect, addr, bytes, prot);
+    agent_leave_end(vm, &leaving);
+    return (int)finish(r);
+}
+
+EXPORT int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
+{
+    long r = sys_call4(SYS_fallocate, fd, mode, offset, bytes);
+    struct memd_vm *vm = agent();
+    struct stat st;
+
+#ifdef MEMD_TEST_NO_INTERPOSE
+    vm = NULL;
+#endif
+    if (r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) && preload.ram_address &&
+        sys_call2(SYS_fstat, fd, &st) == 0 && st.st_dev == preload.ram_device &&
+        st.st_ino == preload.ram_inode && offset >= 0 && bytes > 0 &&
+        (size_t)offset < preload.ram_bytes && (size_t)bytes <= preload.ram_bytes - (size_t)offset)
+        r = agent_discard(vm, preload.ram_address + offset, (size_t)bytes, MADV_DONTNEED);
+    return (int)finish(r);
+}
+
+EXPORT int fallocate(int fd, int mode, off_t offset, off_t bytes)
+{
+    return fallocate64(fd, mode, offset, bytes);
+}
+
+/* ---- what makes memd leave the guest alone ---- */
+
+static void lock_range(const void *addr, size_t bytes)
+{
+    struct memd_vm *vm = concerned(addr, bytes);
+    struct agent_leaving leaving;
+
+    if (!vm)
+        return;
+    agent_leave_begin(vm, (void *)addr, bytes, false, &leaving);
+    agent_leave_end(vm, &leaving);
+    agent_say(vm, "the VMM locked a part of its RAM (mlock)");
+}
+
+EXPORT int mlock(const void *addr, size_t bytes)
+{
+    lock_range(addr, bytes);
+    return (int)finish(sys_call2(SYS_mlock, addr, bytes));
+}
+
+EXPORT int mlock2(const void *addr, size_t bytes, unsigned flags)
+{
+    lock_range(addr, bytes);
+    return (int)finish(sys_call3(SYS_mlock2, addr, bytes, flags));
+}
+
+EXPORT int mlockall(int flags)
+{
+    struct memd_vm *vm = agent();
+
+    if (vm)
+        agent_stand_down(vm, AGENT_GAVE_UP, "the VMM locks its memory (mlockall)");
+    __atomic_store_n(&preload.memory_locked, 1, __ATOMIC_RELEASE);
+    return (int)finish(sys_call1(SYS_mlockall, flags));
+}
+
+/* A NUMA policy for whole blocks holds for the shadow too; for a part, the block is given back. */
+long mbind(void *addr, unsigned long bytes, int mode, const unsigned long *mask, unsigned long max,
+           unsigned flags);
+
+EXPORT long mbind(void *addr, unsigned long bytes, int mode, const unsigned long *mask,
+                  unsigned long max, unsigned flags)
+{
+    struct memd_vm *vm = concerned(addr, bytes);
+    struct ram_block *block = vm ? ram_find(&vm->ram, addr) : NULL;
+    struct agent_leaving leaving;
+
+    if (block && block->base == addr && (size_t)block->pages * PAGE_BYTES <= bytes) {
+        lock_take(&block->lock);
+        if (block->live)
+            sys_call6(SYS_mbind, SYS_ARG(block->shadow),
+                      (long)((size_t)(block->pages + 1) * PAGE_BYTES), mode, SYS_ARG(mask),
+                      (long)max, 0);
+        lock_release(&block->lock);
+    } else if (block) {
+        agent_leave_begin(vm, addr, bytes, false, &leaving);
+        agent_leave_end(vm, &leaving);
+        agent_say(vm, "the VMM gave a part of its RAM a NUMA policy of its own (mbind)");
+    }
+    return finish(sys_call6(SYS_mbind, SYS_ARG(addr), (long)bytes, mode, SYS_ARG(mask), (long)max,
+                            (long)flags));
+}
+
+/* The VMM's own userfaultfd (post-copy, background snapshots) gets its memory as the VMM made it.
+ */
+static void before_register(const struct uffdio_register *request)
+{
+    struct memd_vm *vm =
+        concerned((void *)(uintptr_t)request->range.start, (size_t)request->range.len);
+
+    if (vm)
+        agent_stand_down(vm, AGENT_STANDING_DOWN,
+                         "the VMM uses userfaultfd on its RAM itself (migration or snapshot)");
+}
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+    struct memd_vm *vm;
+    va_list list;
+    void *argument;
+
+    va_start(list, request);
+    argument = va_arg(list, void *);
+    va_end(list);
+    if (request == UFFDIO_REGISTER && argument) {
+        before_register(argument);
+    } else if (request == VFIO_IOMMU_MAP_DMA || request == IOMMU_IOAS_MAP) {
+        vm = agent();
+        if (vm)
+            agent_stand_down(vm, AGENT_GAVE_UP, "the VMM gives its memory to a device (VFIO)");
+    }
+    return (int)finish(sys_call3(SYS_ioctl, fd, request, argument));
+}
+
+/* ---- direct I/O: a new O_DIRECT descriptor is looked at before the next freeze ---- */
+
+static void note_open(int flags)
+{
+    struct memd_vm *vm = agent();
+
+    if (vm && (flags & O_DIRECT))
+        __atomic_store_n(&vm->direct_io_changed, 1, __ATOMIC_RELEASE);
+}
+
+static int open_at(int directory, const char *path, int flags, mode_t mode)
+{
+    long fd = sys_call4(SYS_openat, directory, path, flags, mode);
+
+    note_open(flags);
+    return (int)finish(fd);
+}
+
+#define OPEN_MODE(flags, last)                                     \
+    ({                                                             \
+        mode_t mode_ = 0;                                          \
+        va_list list_;                                             \
+        va_start(list_, last);                                     \
+        if (((flags)&O_CREAT) || ((flags)&O_TMPFILE) == O_TMPFILE) \
+            mode_ = (mode_t)va_arg(list_, int);                    \
+        va_end(list_);                                             \
+        mode_;                                                     \
+    })
+
+EXPORT int open(const char *path, int flags, ...)
+{
+    return open_at(AT_FDCWD, path, flags, OPEN_MODE(flags, flags));
+}
+
+EXPORT int open64(const char *path, int flags, ...)
+{
+    return open_at(AT_FDCWD, path, flags | O_LARGEFILE, OPEN_MODE(flags, flags));
+}
+
+EXPORT int openat(int directory, const char *path, int flags, ...)
+{
+    return open_at(directory, path, flags, OPEN_MODE(flags, flags));
+}
+
+EXPORT int openat64(int directory, const char *path, int flags, ...)
+{
+    return open_at(directory, path, flags | O_LARGEFILE, OPEN_MODE(flags, flags));
+}
+
+int __open_2(const char *path, int flags);
+int __open64_2(const char *path, int flags);
+int __openat_2(int directory, const char *path, int flags);
+int __openat64_2(int directory, const char *path, int flags);
+
+EXPORT int __open_2(const char *path, int flags)
+{
+    return open_at(AT_FDCWD, path, flags, 0);
+}
+
+EXPORT int __open64_2(const char *path, int flags)
+{
+    return open_at(AT_FDCWD, path, flags | O_LARGEFILE, 0);
+}
+
+EXPORT int __openat_2(int directory, const char *path, int flags)
+{
+    return open_at(directory, path, flags, 0);
+}
+
+EXPORT int __openat64_2(int directory, const char *path, int flags)
+{
+    return open_at(directory, path, flags | O_LARGEFILE, 0);
+}
+
+static int control(int fd, int command, long argument)
+{
+    if (command == F_SETFL)
+        note_open((int)argument);
+    return (int)finish(sys_call3(SYS_fcntl, fd, command, argument));
+}
+
+EXPORT int fcntl(int fd, int command, ...)
+{
+    va_list list;
+    long argument;
+
+    va_start(list, command);
+    argument = va_arg(list, long);
+    va_end(list);
+    return control(fd, command, argument);
+}
+
+EXPORT int fcntl64(int fd, int command, ...)
+{
+    va_list list;
+    long argument;
+
+    va_start(list, command);
+    argument = va_arg(list, long);
+    va_end(list);
+    return control(fd, command, argument);
+}

@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The scanner's thread: set up, then turn after turn: what memd says, a step of the scan, sleep.
+ *
+ * It starts its passes a second apart while they find much, and slows down to memd's revisit time
+ * when they don't. It stays within its share of CPU: every step is paid from a budget that grows
+ * with time.
+ */
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+#include "agent.h"
+#include "odirect.h"
+#include "procfs.h"
+
+#define FIRST_INTERVAL_MS 1000U
+/* A pass in which more than one page in this many became a candidate is followed soon. */
+#define BUSY_FRACTION 512U
+#define BUDGET_CAP_NS 50000000LL
+/* How long one look at the VMM's descriptors holds (besides: an open by the VMM ends it). */
+#define DIRECT_IO_LOOK_NS 100000000ULL
+
+uint64_t run_now_ns(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
+}
+
+static uint64_t clock_ns(clockid_t clock)
+{
+    struct timespec time = {0};
+
+    clock_gettime(clock, &time);
+    return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
+}
+
+uint64_t run_cpu_ns(const struct memd_vm *vm)
+{
+    return clock_ns(CLOCK_THREAD_CPUTIME_ID) + clock_ns(vm->handler.cpu_clock);
+}
+
+bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    struct memd_vm *vm = context;
+    uint64_t now = run_now_ns();
+
+    if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
+        now - vm->direct_io_at_ns > DIRECT_IO_LOOK_NS) {
+        char reason[PROTOCOL_TEXT_BYTES];
+        vm->direct_io_at_ns = now;
+        vm->direct_io_good = odirect_check(reason);
+        if (!vm->direct_io_good)
+            agent_say(vm, reason);
+    }
+    return vm->direct_io_good &&
+           gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+}
+
+uint32_t run_shortest_run(const struct memd_vm *vm)
+{
+    uint32_t vmas = vm->vmas + vm->merge.vmas_added;
+
+    if (vmas + 2 > vm->vma_limit)
+        return 0;
+    if (vmas < vm->vma_limit / 2)
+        return 1;
+    if (vmas < vm->vma_limit / 4 * 3)
+        return 2;
+    return vmas < vm->vma_limit / 8 * 7 ? 4 : 16;
+}
+
+static bool offer(void *context, uint32_t page, uint64_t hash)
+{
+    struct memd_vm *vm = context;
+
+    return vm->rpc.fd >= 0 && rpc_put(&vm->rpc, RING_OFFER, page, hash);
+}
+
+static void count_vmas(struct memd_vm *vm)
+{
+    int vmas = procfs_count_vmas();
+
+    if (vmas > 0) {
+        vm->vmas = (uint32_t)vmas;
+        vm->merge.vmas_added = 0;
+    }
+}
+
+/* ---- setting up ---- */
+
+static void set_up(struct memd_vm *vm)
+{
+    const char *reason = "";
+
+    vm->scanner_tid = (uint32_t)sys_call0(SYS_gettid);
+    vm->interval_ms = FIRST_INTERVAL_MS;
+    vm->setup_result = ram_open(&vm->ram, -1, &reason);
+    vm->ram_open = vm->setup_result == 0;
+    if (vm->ram_open) {
+        vm->ram.sources[PLACE_SHARED] = segments_source(&vm->segments);
+        fault_open(&vm->handler);
+    } else {
+        agent_say(vm, reason);
+    }
+    vm->scanner.ram = &vm->ram;
+    vm->scanner.sink = (struct scan_sink){.offer = offer, .may_freeze = run_may_freeze, .self = vm};
+    session_open(vm);
+    if (!vm->ram_open)
+        __atomic_store_n(&vm->state, AGENT_GAVE_UP, __ATOMIC_RELEASE);
+    count_vmas(vm);
+    vm->budget_at_ns = run_now_ns();
+    vm->cpu_at_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    __atomic_store_n(&vm->ready, 1, __ATOMIC_RELEASE);
+    sys_call3(SYS_futex, &vm->ready, FUTEX_WAKE_PRIVATE, 1);
+}
+
+/* ---- the VMM used userfaultfd itself; is that over? ---- */
+
+static void try_to_resume(struct memd_vm *vm)
+{
+    struct procfs_range range;
+
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        struct ram_block *block = &vm->ram.blocks[b];
+        if (!block->live)
+            continue;
+        if (procfs_inspect(block->base, (size_t)block->pages * PAGE_BYTES, &range) < 0 ||
+            range.userfaultfd)
+            return;
+    }
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        lock_take(&vm->ram.blocks[b].lock);
+        vm->ram.blocks[b].resting = false;
+        lock_release(&vm->ram.blocks[b].lock);
+    }
+    agent_say(vm, "");
+    __atomic_store_n(&vm->state, AGENT_ACTIVE, __ATOMIC_RELEASE);
+}
+
+/* ---- a turn ---- */
+
+/* How long to wait until the next step may be paid for. */
+static uint64_t budget_wait_ns(struct memd_vm *vm)
+{
+    uint64_t now = run_now_ns();
+    uint64_t cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    int64_t budget = (int64_t)vm->budget_ns;
+
+    if (vm->cpu_permille == 0)
+        return 0;
+    budget += (int64_t)((now - vm->budget_at_ns) * vm->cpu_permille / 1000);
+    budget -= (int64_t)(cpu - vm->cpu_at_ns);
+    if (budget > BUDGET_CAP_NS)
+        budget = BUDGET_CAP_NS;
+    vm->budget_ns = (uint64_t)budget;
+    vm->budget_at_ns = now;
+    vm->cpu_at_ns = cpu;
+    return budget >= 0 ? 0 : (uint64_t)(-budget) * 1000 / vm->cpu_permille;
+}
+
+static uint64_t total_pages(const struct memd_vm *vm)
+{
+    uint64_t pages = 0;
+
+    for (uint32_t b = 0; b < vm->ram.block_count; b++)
+        pages += vm->ram.blocks[b].live ? vm->ram.blocks[b].pages : 0;
+    return pages;
+}
+
+static void end_pass(struct memd_vm *vm)
+{
+    bool busy = vm->scanner.pass_candidates > total_pages(vm) / BUSY_FRACTION;
+
+    vm->in_pass = false;
+    if (busy || vm->scanner.passes < 4)
+        vm->interval_ms = FIRST_INTERVAL_MS;
+    else
+        vm->interval_ms *= 2;
+    if (vm->interval_ms > vm->revisit_ms)
+        vm->interval_ms = vm->revisit_ms ? vm->revisit_ms : 1;
+    vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
+    if (vm->merge.vmas_added > 0)
+        count_vmas(vm);
+    session_put(vm, RING_PASS, 0, vm->scanner.passes);
+    session_pass_end(vm);
+}
+
+static bool may_scan(const struct memd_vm *vm)
+{
+    return vm->rpc.fd >= 0 && vm->ram_open && !vm->paused && !vm->detached &&
+           __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
+}
+
+/* One step of the scan, if it is time. Returns how long nothing is to be done. */
+static uint64_t scan_turn(struct memd_vm *vm)
+{
+    uint64_t now = run_now_ns();
+    uint64_t wait;
+
+    if (!vm->in_pass && now < vm->next_pass_ns)
+        return vm->next_pass_ns - now;
+    if (!may_scan(vm)) {
+        if (vm->state == AGENT_STANDING_DOWN)
+            try_to_resume(vm);
+        vm->next_pass_ns = now + FIRST_INTERVAL_MS * 1000000ULL;
+        return FIRST_INTERVAL_MS * 1000000ULL;
+    }
+    wait = budget_wait_ns(vm);
+    if (wait > 0)
+        return wait;
+    if (!vm->in_pass) {
+        vm->in_pass = true;
+        vm->scanner.pass_candidates = 0;
+        vm->scanner.pass_written = 0;
+    }
+    switch (scan_step(&vm->scanner)) {
+    case SCAN_PASS_END: end_pass(vm); return 0;
+    case SCAN_FULL: rpc_ring(&vm->rpc); return 2000000;
+    case SCAN_MORE: break;
+    }
+    return 0;
+}
+
+static void turn(struct memd_vm *vm)
+{
+    uint32_t done = session_turn(vm);
+    uint64_t wait;
+
+    if (vm->rpc.fd < 0 && !vm->detached && run_now_ns() >= vm->next_connect_ns)
+        session_open(vm);
+    wait = scan_turn(vm);
+    if (vm->rpc.fd >= 0) {
+        rpc_ring(&vm->rpc);
+    } else if (!vm->detached && wait > 1000000000ULL) {
+        wait = 1000000000ULL;
+    }
+    if (done == 0 && wait > 0)
+        session_wait(vm, wait);
+}
+
+void *run_scanner(void *context)
+{
+    struct memd_vm *vm = context;
+
+    set_up(vm);
+    while (!__atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE))
+        turn(vm);
+    session_close(vm);
+    return NULL;
+}

@@ -1,0 +1,645 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One connection to memd: greeting, messages, the ring, and what is told of our own accord.
+ *
+ * What an agent has (segments, shares) outlives the connection. After memd was restarted it offers
+ * them again; a memd that does not know them (another session) makes it un-share them.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "agent.h"
+#include "discard.h"
+#include "procfs.h"
+
+#define CONNECT_RETRY_NS 1000000000ULL
+/* memd answers a full ring within milliseconds; a memd that does not for this long is stuck. */
+#define PUT_PATIENCE_NS 5000000000ULL
+/* Merge answers taken together: long enough for whole runs, short enough for one turn. */
+#define ANSWERS 512U
+
+static uint64_t told_bit(uint32_t index)
+{
+    return 1ULL << (index % 64);
+}
+
+static void set_told(struct ram_block *block, uint32_t index, bool told)
+{
+    if (told)
+        block->told[index / 64] |= told_bit(index);
+    else
+        block->told[index / 64] &= ~told_bit(index);
+}
+
+bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
+{
+    uint64_t give_up = 0;
+
+    while (vm->rpc.fd >= 0 && !rpc_put(&vm->rpc, op, page, arg)) {
+        uint64_t now = run_now_ns();
+        if (!give_up)
+            give_up = now + PUT_PATIENCE_NS;
+        if (now >= give_up || __atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE)) {
+            session_close(vm);
+            break;
+        }
+        rpc_ring(&vm->rpc);
+        session_wait(vm, 2000000);
+    }
+    return vm->rpc.fd >= 0;
+}
+
+void session_wait(struct memd_vm *vm, uint64_t ns)
+{
+    struct pollfd polled[2] = {{.fd = vm->stop_fd, .events = POLLIN},
+                               {.fd = vm->rpc.fd, .events = POLLIN}};
+    struct timespec timeout = {.tv_sec = (time_t)(ns / 1000000000ULL),
+                               .tv_nsec = (long)(ns % 1000000000ULL)};
+
+    sys_call5(SYS_ppoll, polled, 2, &timeout, NULL, 8);
+}
+
+/* ---- opening ---- */
+
+static void send_ram(struct memd_vm *vm, uint32_t first_page, uint64_t pages, uint64_t hva,
+                     const char *reason)
+{
+    struct message_ram message = {
+        .header = {MESSAGE_RAM, sizeof(message)},
+        .first_page = first_page,
+        .pages = (uint32_t)pages,
+        .hva = hva,
+        .managed = !reason,
+    };
+
+    if (reason)
+        strncpy(message.reason, reason, sizeof(message.reason) - 1);
+    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+}
+
+static void send_gone(struct memd_vm *vm, uint32_t number)
+{
+    const struct ram_block *block = &vm->ram.blocks[number];
+    struct message_ram_gone message = {
+        .header = {MESSAGE_RAM_GONE, sizeof(message)},
+        .first_page = block->first_page,
+        .pages = block->pages,
+    };
+
+    vm->gone |= 1ULL << number;
+    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+}
+
+/* One that has left before memd heard of it is announced too, and its leaving: page numbers have
+ * no gaps. */
+static void announce_blocks(struct memd_vm *vm)
+{
+    uint32_t count = __atomic_load_n(&vm->ram.block_count, __ATOMIC_ACQUIRE);
+
+    for (; vm->announced < count; vm->announced++) {
+        const struct ram_block *block = &vm->ram.blocks[vm->announced];
+        bool live = __atomic_load_n(&block->live, __ATOMIC_ACQUIRE);
+        send_ram(vm, block->first_page, block->pages, (uintptr_t)block->base, NULL);
+        if (!live)
+            send_gone(vm, vm->announced);
+    }
+    for (; vm->alone_told < __atomic_load_n(&vm->left_alone_count, __ATOMIC_ACQUIRE);
+         vm->alone_told++) {
+        const struct left_alone *alone = &vm->left_alone[vm->alone_told];
+        send_ram(vm, 0, alone->pages, alone->hva, alone->reason);
+    }
+}
+
+static void announce_gone(struct memd_vm *vm)
+{
+    for (uint32_t i = 0; i < vm->announced; i++)
+        if (!vm->ram.blocks[i].live && !(vm->gone >> i & 1))
+            send_gone(vm, i);
+}
+
+/* Everything in the store becomes private again; the segments go. */
+static void lose_store(struct memd_vm *vm)
+{
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        struct ram_block *block = &vm->ram.blocks[b];
+        lock_take(&block->lock);
+        for (uint32_t s = 0; block->live && s < SEGMENTS_HELD_MAX; s++)
+            if (vm->segments.table[s].view)
+                discard_segment(&vm->ram, block, vm->segments.table[s].id);
+        if (block->live)
+            memset(block->told, 0, ((size_t)block->pages + 63) / 64 * 8);
+        lock_release(&block->lock);
+    }
+    for (uint32_t s = 0; s < SEGMENTS_HELD_MAX; s++)
+        if (vm->segments.table[s].view)
+            segments_remove(&vm->segments, vm->segments.table[s].id);
+}
+
+static void offer_held_pages(struct memd_vm *vm, struct ram_block *block)
+{
+    for (uint32_t i = 0; block->live && i < block->pages && vm->rpc.fd >= 0; i++) {
+        bool shared;
+        uint32_t slot;
+        lock_take(&block->lock);
+        shared = block->live && ram_place(block, i) == PLACE_SHARED;
+        slot = shared ? block->slots[i] : SLOT_NONE;
+        if (block->live)
+            set_told(block, i, shared);
+        lock_release(&block->lock);
+        if (shared)
+            session_put(vm, RING_HAVE, block->first_page + i, slot);
+    }
+}
+
+static void offer_held(struct memd_vm *vm)
+{
+    struct message_plain end = {.header = {MESSAGE_HELD_END, sizeof(end)}};
+
+    for (uint32_t s = 0; s < SEGMENTS_HELD_MAX; s++) {
+        const struct held_segment *held = &vm->segments.table[s];
+        struct message_segment message = {
+            .header = {MESSAGE_HELD, sizeof(message)}, .segment = held->id, .pages = held->pages};
+        if (held->view)
+            rpc_send(&vm->rpc, &message, sizeof(message), held->fd);
+    }
+    for (uint32_t b = 0; b < vm->ram.block_count; b++)
+        if (vm->ram.blocks[b].live)
+            offer_held_pages(vm, &vm->ram.blocks[b]);
+    rpc_ring(&vm->rpc);
+    rpc_send(&vm->rpc, &end, sizeof(end), -1);
+}
+
+static void fill_hello(struct memd_vm *vm, struct message_hello *hello)
+{
+    bool can_share =
+        vm->setup_result == 0 || vm->setup_result == -EPERM || vm->setup_result == -EACCES;
+
+    *hello = (struct message_hello){
+        .header = {MESSAGE_HELLO, sizeof(*hello)},
+        .magic = PROTOCOL_MAGIC,
+        .version = PROTOCOL_VERSION,
+        .features = can_share ? FEATURE_SHARE : 0,
+        .scanner_tid = vm->scanner_tid,
+        .handler_tid = vm->handler.tid,
+        .page_bytes = PAGE_BYTES,
+        .held = vm->held,
+    };
+    memcpy(hello->token, vm->token, sizeof(hello->token));
+    memcpy(hello->vmm, vm->vmm, sizeof(hello->vmm));
+    if (!can_share)
+        memcpy(hello->reason, vm->reason, sizeof(hello->reason));
+}
+
+/* Where userfaultfd is withheld from this process, memd's descriptor of /dev/userfaultfd helps. */
+static void try_descriptor(struct memd_vm *vm, int dev)
+{
+    const char *reason = "";
+
+    if (!vm->ram_open && (vm->setup_result == -EPERM || vm->setup_result == -EACCES)) {
+        vm->setup_result = dev >= 0 ? ram_open(&vm->ram, dev, &reason) : vm->setup_result;
+        if (vm->setup_result == 0) {
+            vm->ram_open = true;
+            vm->ram.sources[PLACE_SHARED] = segments_source(&vm->segments);
+            fault_open(&vm->handler);
+        } else {
+            __atomic_store_n(&vm->state, AGENT_GAVE_UP, __ATOMIC_RELEASE);
+            agent_say(vm, *reason ? reason : "userfaultfd is withheld from this process");
+        }
+    }
+    if (dev >= 0)
+        sys_close(dev);
+}
+
+int session_open(struct memd_vm *vm)
+{
+    struct message_hello hello;
+    struct message_welcome welcome;
+    char words[PROTOCOL_TEXT_BYTES] = "";
+    int dev = -1;
+    int r;
+
+    vm->next_connect_ns = run_now_ns() + CONNECT_RETRY_NS;
+    fill_hello(vm, &hello);
+    r = rpc_greet(&vm->rpc, vm->socket, &hello, &welcome, &dev, words);
+    if (r < 0) {
+        agent_say(vm, r == -EACCES ? words : "memd is not reachable: nothing new is shared");
+        return r;
+    }
+    agent_say(vm, "");
+    try_descriptor(vm, dev);
+    vm->revisit_ms = welcome.revisit_ms;
+    vm->cpu_permille = welcome.cpu_permille;
+    vm->scanner.secret = welcome.secret;
+    vm->announced = 0;
+    vm->alone_told = 0;
+    vm->gone = 0;
+    announce_blocks(vm);
+    if (vm->held && welcome.session != vm->session)
+        lose_store(vm);
+    if (vm->held)
+        offer_held(vm);
+    vm->session = welcome.session;
+    vm->held = true;
+    scan_forget(&vm->scanner);
+    vm->in_pass = false;
+    vm->next_pass_ns = 0;
+    session_pass_end(vm);
+    return vm->rpc.fd >= 0 ? 0 : -EPIPE;
+}
+
+void session_close(struct memd_vm *vm)
+{
+    rpc_close(&vm->rpc);
+    vm->sink_full = false;
+}
+
+/* ---- messages ---- */
+
+static void send_plain(struct memd_vm *vm, uint32_t type)
+{
+    struct message_plain message = {.header = {type, sizeof(message)}};
+
+    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+}
+
+static void take_segment(struct memd_vm *vm, const struct message_segment *message, int fd)
+{
+    int r = fd < 0 ? -EBADF : segments_add(&vm->segments, message->segment, message->pages, fd);
+
+    if (r < 0 && fd >= 0)
+        sys_close(fd);
+    if (r == -EPERM)
+        agent_say(vm, "memd offered a segment that is not sealed: refused");
+    else if (r < 0 && r != -EEXIST)
+        agent_say(vm, "a segment of the store can't be mapped here");
+}
+
+static void drop_segment(struct memd_vm *vm, const struct message_segment *message)
+{
+    struct message_segment done = {.header = {MESSAGE_DROPPED, sizeof(done)},
+                                   .segment = message->segment,
+                                   .pages = message->pages};
+    uint32_t left = 0;
+
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        struct ram_block *block = &vm->ram.blocks[b];
+        lock_take(&block->lock);
+        if (block->live)
+            left += discard_segment(&vm->ram, block, message->segment);
+        lock_release(&block->lock);
+    }
+    if (left > 0) {
+        agent_say(vm, "no memory to make pages private: a segment of the store is kept");
+        return;
+    }
+    segments_remove(&vm->segments, message->segment);
+    session_report(vm);
+    rpc_send(&vm->rpc, &done, sizeof(done), -1);
+}
+
+static void detach(struct memd_vm *vm, const struct message_words *message)
+{
+    if (message->rejoin) {
+        lose_store(vm);
+        vm->held = false;
+    } else {
+        agent_stand_down(vm, AGENT_GAVE_UP, message->text[0] ? message->text : "detached");
+        vm->detached = true;
+        lose_store(vm);
+    }
+    session_pass_end(vm);
+    send_plain(vm, MESSAGE_DETACHED);
+    session_close(vm);
+    vm->next_connect_ns = 0;
+}
+
+static void tune(struct memd_vm *vm, const struct message_tune *message)
+{
+    vm->revisit_ms = message->revisit_ms;
+    vm->cpu_permille = message->cpu_permille;
+    vm->paused = message->flags & TUNE_PAUSE;
+    if (message->flags & TUNE_REPORT)
+        session_pass_end(vm);
+}
+
+static bool big_enough(const union rpc_message *message, size_t bytes)
+{
+    return message->header.bytes >= bytes;
+}
+
+static void take_message(struct memd_vm *vm, union rpc_message *message, int fd)
+{
+    bool used = false;
+
+    message->bytes[sizeof(message->bytes) - 1] = 0;
+    switch (message->header.type) {
+    case MESSAGE_SEGMENT:
+        used = big_enough(message, sizeof(message->segment));
+        if (used)
+            take_segment(vm, &message->segment, fd);
+        break;
+    case MESSAGE_DROP:
+        if (big_enough(message, sizeof(message->segment)))
+            drop_segment(vm, &message->segment);
+        break;
+    case MESSAGE_TUNE:
+        if (big_enough(message, sizeof(message->tune)))
+            tune(vm, &message->tune);
+        break;
+    case MESSAGE_DETACH:
+        if (big_enough(message, sizeof(message->words))) {
+            message->words.text[sizeof(message->words.text) - 1] = 0;
+            detach(vm, &message->words);
+        }
+        break;
+    default: break; /* DOORBELL; and what a newer memd may say */
+    }
+    if (!used && fd >= 0)
+        sys_close(fd);
+}
+
+static uint32_t take_messages(struct memd_vm *vm)
+{
+    union rpc_message message;
+    uint32_t count = 0;
+    int fd = -1;
+    int r = 0;
+
+    while (vm->rpc.fd >= 0 && (r = rpc_receive(&vm->rpc, &message, &fd)) > 0) {
+        take_message(vm, &message, fd);
+        count++;
+    }
+    if (r < 0 && vm->rpc.fd >= 0) {
+        session_close(vm);
+        agent_say(vm, "memd is not reachable: nothing new is shared");
+    }
+    return count;
+}
+
+/* ---- the ring ---- */
+
+/* The content of a page, if it is still what was offered. */
+static void answer_want(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    struct ram_block *block = ram_find_page(&vm->ram, entry->page);
+    uint32_t index = block ? entry->page - block->first_page : 0;
+    uint32_t buffer = 0;
+    uint8_t *to = NULL;
+    bool good = false;
+
+    for (int tries = 0; block && tries < 1000 && vm->rpc.fd >= 0; tries++) {
+        to = rpc_room(&vm->rpc, 2) ? rpc_page_buffer(&vm->rpc, &buffer) : NULL;
+        if (to)
+            break;
+        rpc_ring(&vm->rpc);
+        session_wait(vm, 1000000);
+    }
+    if (to) {
+        lock_take(&block->reading);
+        if (block->live && !block->resting && ram_place(block, index) == PLACE_PRIVATE) {
+            memcpy(to, ram_address(block, index), PAGE_BYTES);
+            good = hash_page(&vm->scanner.secret, to) == entry->arg;
+        }
+        lock_release(&block->reading);
+    }
+    session_put(vm, good ? RING_PAGE : RING_STALE, entry->page, good ? buffer : 0);
+}
+
+/* memd forgets a page that was not merged. It is offered again after some quiet passes: soon when
+ * it was in use, late when what stood in the way is not its own. */
+static void offer_again(struct ram_block *block, uint32_t index, uint8_t outcome)
+{
+    lock_take(&block->lock);
+    if (block->live && ram_place(block, index) == PLACE_PRIVATE) {
+        ram_set_young(block, index, true);
+        if (outcome != NOT_MERGED_MISMATCH && outcome != NOT_MERGED_BUSY)
+            block->table[index] |= TABLE_WAIT_MASK;
+    }
+    lock_release(&block->lock);
+}
+
+static void report_outcome(struct memd_vm *vm, struct ram_block *block, uint32_t page,
+                           uint32_t slot, uint8_t outcome)
+{
+    if (outcome == 0) {
+        if (!session_put(vm, RING_MERGED, page, slot))
+            return;
+        lock_take(&block->lock);
+        if (block->live)
+            set_told(block, page - block->first_page, true);
+        lock_release(&block->lock);
+    } else {
+        session_put(vm, RING_NOT_MERGED, page, slot | (uint64_t)outcome << 32);
+        offer_again(block, page - block->first_page, outcome);
+    }
+}
+
+static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t pages)
+{
+    struct ram_block *block = ram_find_page(&vm->ram, page);
+    uint32_t shortest = run_shortest_run(vm);
+    uint8_t outcomes[ANSWERS];
+    uint32_t index;
+
+    if (!block || page - block->first_page + pages > block->pages) {
+        for (uint32_t i = 0; i < pages; i++)
+            session_put(vm, RING_NOT_MERGED, page + i,
+                        (slot + i) | (uint64_t)NOT_MERGED_GONE << 32);
+        return;
+    }
+    index = page - block->first_page;
+    if (shortest == 0 || pages < shortest) {
+        memset(outcomes, NOT_MERGED_BUDGET, pages);
+        agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
+    } else if (!run_may_freeze(vm, block, index, pages)) {
+        memset(outcomes, NOT_MERGED_REFUSED, pages);
+    } else {
+        merge_pages(&vm->ram, &vm->segments, block, index, slot, pages, outcomes, &vm->merge);
+    }
+    for (uint32_t i = 0; i < pages; i++)
+        report_outcome(vm, block, page + i, slot + i, outcomes[i]);
+}
+
+/* Pages that follow each other, into slots that follow each other, are merged as one run. */
+static void merge_entries(struct memd_vm *vm, const struct ring_entry *entries, uint32_t count)
+{
+    for (uint32_t i = 0, run; i < count; i += run) {
+        uint32_t slot = (uint32_t)entries[i].arg;
+        run = 1;
+        while (i + run < count && entries[i + run].page == entries[i].page + run &&
+               (uint32_t)entries[i + run].arg == slot + run &&
+               SLOT_SEGMENT(slot + run) == SLOT_SEGMENT(slot) &&
+               ram_find_page(&vm->ram, entries[i].page) ==
+                   ram_find_page(&vm->ram, entries[i].page + run))
+            run++;
+        merge_run(vm, entries[i].page, slot, run);
+    }
+}
+
+static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    struct ram_block *block = ram_find_page(&vm->ram, entry->page);
+    uint32_t slot = (uint32_t)entry->arg;
+    uint8_t outcome = NOT_MERGED_GONE;
+
+    if (block)
+        outcome = merge_remap(&vm->ram, &vm->segments, block, entry->page - block->first_page, slot,
+                              &vm->merge);
+    session_put(vm, outcome ? RING_NOT_MERGED : RING_MERGED, entry->page,
+                slot | (uint64_t)outcome << 32);
+}
+
+static uint32_t take_entries(struct memd_vm *vm)
+{
+    struct ring_entry merges[ANSWERS];
+    struct ring_entry entry;
+    uint32_t count = 0;
+    uint32_t taken = 0;
+
+    while (taken < ANSWERS && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
+        taken++;
+        if (entry.op == RING_MERGE) {
+            merges[count++] = entry;
+            continue;
+        }
+        /* In order: what was asked before is done before. */
+        merge_entries(vm, merges, count);
+        count = 0;
+        if (entry.op == RING_WANT)
+            answer_want(vm, &entry);
+        else if (entry.op == RING_REMAP)
+            remap_entry(vm, &entry);
+    }
+    if (vm->rpc.fd >= 0)
+        merge_entries(vm, merges, count);
+    return taken;
+}
+
+uint32_t session_turn(struct memd_vm *vm)
+{
+    uint32_t done;
+
+    if (vm->rpc.fd < 0)
+        return 0;
+    done = take_messages(vm);
+    if (vm->rpc.fd >= 0 && vm->ram_open) {
+        session_report(vm);
+        done += take_entries(vm);
+    }
+    if (vm->rpc.fd >= 0)
+        rpc_ring(&vm->rpc);
+    return done;
+}
+
+/* ---- what memd must know ---- */
+
+static void report_page(struct memd_vm *vm, struct ram_block *block, uint32_t index)
+{
+    bool ended;
+    uint32_t slot = 0;
+
+    lock_take(&block->lock);
+    ended = block->live && (block->told[index / 64] & told_bit(index)) &&
+            ram_place(block, index) != PLACE_SHARED;
+    if (ended) {
+        slot = block->slots[index];
+        set_told(block, index, false);
+    }
+    lock_release(&block->lock);
+    if (ended)
+        session_put(vm, RING_BROKEN, block->first_page + index, slot);
+}
+
+static void report_everywhere(struct memd_vm *vm)
+{
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        struct ram_block *block = &vm->ram.blocks[b];
+        for (uint32_t i = 0; block->live && i < block->pages; i++)
+            report_page(vm, block, i);
+    }
+}
+
+static void report_broken(struct memd_vm *vm)
+{
+    struct broken_queue *queue = &vm->ram.broken;
+    uint32_t pages[BROKEN_QUEUE];
+    uint32_t count;
+    bool overflow;
+
+    if (__atomic_load_n(&queue->count, __ATOMIC_ACQUIRE) == 0)
+        return;
+    lock_take(&queue->lock);
+    count = queue->count;
+    overflow = queue->overflow;
+    memcpy(pages, queue->pages, count * sizeof(pages[0]));
+    queue->count = 0;
+    queue->overflow = false;
+    lock_release(&queue->lock);
+    if (overflow) {
+        report_everywhere(vm);
+        return;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        struct ram_block *block = ram_find_page(&vm->ram, pages[i]);
+        if (block)
+            report_page(vm, block, pages[i] - block->first_page);
+    }
+}
+
+void session_report(struct memd_vm *vm)
+{
+    if (vm->rpc.fd < 0)
+        return;
+    announce_blocks(vm);
+    report_broken(vm);
+    announce_gone(vm);
+}
+
+static void fill_places(struct memd_vm *vm, struct message_stats *stats)
+{
+    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+        struct ram_block *block = &vm->ram.blocks[b];
+        lock_take(&block->lock);
+        for (int p = 0; block->live && p < PLACE_COUNT; p++)
+            stats->places[p] += block->counts[p];
+        stats->broken += block->live ? block->captives : 0;
+        lock_release(&block->lock);
+    }
+}
+
+void session_pass_end(struct memd_vm *vm)
+{
+    struct message_stats stats = {
+        .header = {MESSAGE_STATS, sizeof(stats)},
+        .state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE),
+        .passes = vm->scanner.passes,
+        .merges = vm->merge.merges,
+        .zero_merges = vm->scanner.zero_merges,
+        .unmerges = vm->ram.unmerges,
+        .mismatches = vm->merge.mismatches,
+        .busy = vm->merge.busy + vm->scanner.busy,
+        .hashed = vm->scanner.hashed,
+        .discards = vm->ram.discards,
+        .cpu_ns = run_cpu_ns(vm),
+        .huge_pages = vm->scanner.huge_chunks,
+        .vmas = vm->vmas,
+        .vma_budget = vm->vma_limit,
+        .fault_count = vm->handler.count,
+        .fault_p50_us = fault_quantile_us(&vm->handler, 0.50),
+        .fault_p99_us = fault_quantile_us(&vm->handler, 0.99),
+        .fault_p999_us = fault_quantile_us(&vm->handler, 0.999),
+        .fault_max_us = (uint32_t)vm->handler.max_us,
+    };
+
+    if (vm->rpc.fd < 0)
+        return;
+    session_report(vm);
+    fill_places(vm, &stats);
+    lock_take(&vm->words);
+    memcpy(stats.reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
+           vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(stats.reason));
+    lock_release(&vm->words);
+    rpc_send(&vm->rpc, &stats, sizeof(stats), -1);
+}

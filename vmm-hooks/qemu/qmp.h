@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A small QMP client: one connection, one command at a time, events skipped.
+ *
+ * QEMU is a stranger: a line that is longer than QMP_LINE_BYTES or no JSON ends the connection.
+ * Nothing here logs. Not for several threads at once.
+ */
+#ifndef MEMD_QEMU_QMP_H
+#define MEMD_QEMU_QMP_H
+
+#include <jansson.h>
+
+#include "units.h"
+
+#define QMP_LINE_BYTES (1U << 20)
+
+struct qmp;
+
+/* Connects to the unix socket at `path` and leaves the capabilities negotiation behind. A QMP
+ * socket serves one client at a time: while another one is connected, this waits in line and ends
+ * with -ETIMEDOUT after timeout_ms (greeting and negotiation together). 0 or -errno; -EPROTO when
+ * what answers is not QMP. */
+int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp);
+
+/* Runs `command` with `arguments` (borrowed; NULL for none). *ret_result is the "return" member, a
+ * reference that the caller gives up with json_decref(). -EREMOTEIO: QEMU answered with an error,
+ * for which qmp_error() has the words; the connection lives on. After any other error it is dead,
+ * and can only be closed. */
+int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int timeout_ms,
+                json_t **ret_result);
+
+/* The description of QEMU's latest error answer, "" when there was none; valid until the next
+ * call. */
+const char *qmp_error(const struct qmp *qmp);
+
+void qmp_close(struct qmp *qmp);
+
+#endif
