@@ -188,7 +188,8 @@ static int enter(struct session *session, struct guest *guest, const struct mess
     result = session_equip(session, domain, &ring_fd);
     if (result)
         return refuse(session, -result, "memd has no memory for one more agent");
-    session->features = daemon->config.engine == SHARING_AGENT ? hello->features & FEATURE_SHARE : 0;
+    session->features =
+        daemon->config.engine == SHARING_AGENT ? hello->features & FEATURE_SHARE : 0;
     if (session->features)
         daemon->agents.sharing++;
     session->guest = guest;
@@ -220,8 +221,9 @@ static int handle_hello(struct session *session, const void *message, int *fds, 
         return refuse(session, EPROTO, bad);
     guest = registry_find_token(daemon, hello->token);
     if (!guest)
-        return refuse(session, ENOENT,
-                      "no guest is registered under this token (memctl run registers and passes it)");
+        return refuse(
+            session, ENOENT,
+            "no guest is registered under this token (memctl run registers and passes it)");
     if (guest->session)
         return refuse(session, EBUSY, "this guest has an agent already");
     if (session->pid <= 0)
@@ -236,9 +238,9 @@ static int handle_hello(struct session *session, const void *message, int *fds, 
     log_notice("guest '%s': agent of pid %d said hello, domain '%s', engine %s%s%s", guest->name,
                (int)session->pid, session->member->domain->name,
                registry_engine_name(guest->engine), guest->reason[0] ? ": " : "", guest->reason);
-    events_emit(&daemon->events, "agent_connected", guest->name,
-                json_pack("{s:i,s:s}", "pid", (int)session->pid, "domain",
-                          session->member->domain->name));
+    events_emit(
+        &daemon->events, "agent_connected", guest->name,
+        json_pack("{s:i,s:s}", "pid", (int)session->pid, "domain", session->member->domain->name));
     agents_tune(daemon);
     return 0;
 }
@@ -301,6 +303,7 @@ static int handle_ram(struct session *session, const void *message, int *fds, ch
         }
         session->next_page = ram->first_page + ram->pages;
         guest->account.managed_pages += ram->pages;
+        guest->places_stated = false;
     }
     block = &guest->blocks[guest->block_count++];
     *block = (struct guest_block){ram->first_page, ram->pages, ram->hva, ram->managed != 0, ""};
@@ -319,8 +322,7 @@ static int handle_ram_gone(struct session *session, const void *message, int *fd
     for (uint32_t i = 0; i < guest->block_count; i++) {
         struct guest_block *block = &guest->blocks[i];
 
-        if (!block->managed || block->first_page != gone->first_page ||
-            block->pages != gone->pages)
+        if (!block->managed || block->first_page != gone->first_page || block->pages != gone->pages)
             continue;
         if (ksm_member_pages_gone(session->member, gone->first_page,
                                   gone->first_page + gone->pages)) {
@@ -328,6 +330,7 @@ static int handle_ram_gone(struct session *session, const void *message, int *fd
             return -EPROTO;
         }
         guest->account.managed_pages -= gone->pages;
+        guest->places_stated = false;
         *block = guest->blocks[--guest->block_count];
         return 0;
     }
@@ -347,8 +350,7 @@ static int handle_dropped(struct session *session, const void *message, int *fds
     (void)fds;
     if (!segment || segment->state != SEGMENT_DROPPING ||
         !ksm_member_holds(session->member, dropped->segment)) {
-        snprintf(words, words_bytes, "it dropped segment %u without being asked",
-                 dropped->segment);
+        snprintf(words, words_bytes, "it dropped segment %u without being asked", dropped->segment);
         return -EPROTO;
     }
     ksm_member_clear_holds(session->member, segment);
@@ -440,7 +442,8 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
     struct guest *guest = session->guest;
     struct ledger *ledger = &session->daemon->ledger;
     bool was_wrong = guest->account.mismatch;
-    enum agent_state before = guest->has_stats ? (enum agent_state)guest->stats.state : AGENT_ACTIVE;
+    enum agent_state before =
+        guest->has_stats ? (enum agent_state)guest->stats.state : AGENT_ACTIVE;
 
     (void)fds;
     if (stats->state >= AGENT_STATE_COUNT) {
@@ -449,7 +452,7 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
     }
     guest->stats = *stats;
     guest->stats.reason[sizeof(guest->stats.reason) - 1] = '\0';
-    guest->has_stats = true;
+    guest->has_stats = guest->places_stated = true;
     if (!session->scanner && !session->handler)
         session->cpu_ns = stats->cpu_ns;
     say_state(guest, before, (enum agent_state)stats->state, guest->stats.reason);
@@ -458,8 +461,7 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
                   "managed: no guest is admitted until they do",
                   guest->name, (unsigned long long)guest->account.managed_pages);
         events_emit(&session->daemon->events, "ledger_mismatch", guest->name,
-                    json_pack("{s:I}", "managed_pages",
-                              (json_int_t)guest->account.managed_pages));
+                    json_pack("{s:I}", "managed_pages", (json_int_t)guest->account.managed_pages));
     } else if (was_wrong && !guest->account.mismatch) {
         events_emit(&session->daemon->events, "ledger_sums_again", guest->name, NULL);
     }
@@ -477,8 +479,7 @@ static int handle_doorbell(struct session *session, const void *message, int *fd
     return 0;
 }
 
-#define WELCOMED                                                                                   \
-    (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
+#define WELCOMED (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
 
 const struct session_message session_messages[] = {
     {MESSAGE_HELLO, sizeof(struct message_hello), IN_STATE(SESSION_GREETING), 0, handle_hello},
@@ -631,8 +632,11 @@ int agents_start(struct daemon *daemon)
         log_error("%s: %s: no agent could connect", agents->path, strerror(-fd));
         return fd;
     }
-    agents->listener = (struct loop_watch){.fd = fd, .events = POLLIN, .level = true,
-                                           .ready = can_accept, .owner = daemon,
+    agents->listener = (struct loop_watch){.fd = fd,
+                                           .events = POLLIN,
+                                           .level = true,
+                                           .ready = can_accept,
+                                           .owner = daemon,
                                            .op = LOOP_NOT_QUEUED};
     return loop_watch_add(&daemon->loop, &agents->listener);
 }

@@ -15,9 +15,9 @@ struct agents {
     struct loop_watch listener;
     char path[120];
     struct session *first;
-    uint32_t count;      /* sessions whose connection is open */
-    uint32_t sharing;    /* of those: welcomed, with FEATURE_SHARE */
-    int userfaultfd;     /* /dev/userfaultfd, or -1 */
+    uint32_t count;   /* sessions whose connection is open */
+    uint32_t sharing; /* of those: welcomed, with FEATURE_SHARE */
+    int userfaultfd;  /* /dev/userfaultfd, or -1 */
     uint64_t ended_badly;
 };
 
@@ -28,7 +28,8 @@ void agents_stop(struct daemon *daemon);
 void agents_tune(struct daemon *daemon);
 uint32_t agents_cpu_permille(const struct daemon *daemon);
 
-/* Makes every page of the guest private. rejoin: it says hello again afterwards (another domain). */
+/* Makes every page of the guest private. rejoin: it says hello again afterwards (another domain).
+ */
 int agents_detach(struct guest *guest, bool rejoin, const char *words);
 /* Asks for fresh STATS. */
 void agents_ask_report(struct guest *guest);

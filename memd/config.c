@@ -14,7 +14,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum kind { KIND_SIZE, KIND_SECONDS, KIND_PERCENT, KIND_PATH, KIND_ADDRESS, KIND_ENGINE, KIND_YESNO };
+enum kind {
+    KIND_SIZE,
+    KIND_SECONDS,
+    KIND_PERCENT,
+    KIND_PATH,
+    KIND_ADDRESS,
+    KIND_ENGINE,
+    KIND_YESNO
+};
 
 struct key {
     const char *section, *name;
@@ -23,10 +31,10 @@ struct key {
     double least, most;
 };
 
-#define KEY(section, name, kind, field, least, most)                                               \
-    {                                                                                              \
-        section, name, kind, offsetof(struct config, field), sizeof(((struct config *)0)->field),  \
-            least, most                                                                            \
+#define KEY(section, name, kind, field, least, most)                                              \
+    {                                                                                             \
+        section, name, kind, offsetof(struct config, field), sizeof(((struct config *)0)->field), \
+            least, most                                                                           \
     }
 
 static const struct key keys[] = {
@@ -98,7 +106,8 @@ static bool section_is_good(struct parse *parse, const char *line)
     return false;
 }
 
-/* inih's own buffer has 200 bytes and cuts what is longer into two lines that mean something else. */
+/* inih's own buffer has 200 bytes and cuts what is longer into two lines that mean something else.
+ */
 static char *read_line(char *line, int bytes, void *stream)
 {
     struct parse *parse = stream;
@@ -107,8 +116,9 @@ static char *read_line(char *line, int bytes, void *stream)
         return NULL;
     parse->line++;
     if (!strchr(line, '\n') && !feof(parse->file)) {
-        fail(parse, "this line has more than %d characters; break the value, and indent the lines "
-                    "that carry it on",
+        fail(parse,
+             "this line has more than %d characters; break the value, and indent the lines "
+             "that carry it on",
              bytes - 2);
         return NULL;
     }

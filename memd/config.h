@@ -14,8 +14,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define NAME_BYTES        64 /* of a guest or a domain, with its end mark */
-#define CONFIG_WORD_BYTES 256
+#define NAME_BYTES         64 /* of a guest or a domain, with its end mark */
+#define CONFIG_WORD_BYTES  256
 #define CONFIG_ERROR_BYTES 600
 
 enum sharing_engine { SHARING_AGENT, SHARING_KERNEL, SHARING_OFF, SHARING_ENGINE_COUNT };

@@ -43,8 +43,15 @@ struct control {
     bool stopping;
 };
 
-enum phase { PHASE_BODY, PHASE_ACT, PHASE_SAMPLING, PHASE_SAMPLED, PHASE_DETACHING, PHASE_DETACHED,
-             PHASE_ANSWERED };
+enum phase {
+    PHASE_BODY,
+    PHASE_ACT,
+    PHASE_SAMPLING,
+    PHASE_SAMPLED,
+    PHASE_DETACHING,
+    PHASE_DETACHED,
+    PHASE_ANSWERED
+};
 
 struct request {
     struct control *control;
@@ -242,8 +249,8 @@ static bool read_request_member(const char *key, const json_t *value, struct gue
     if (read_wish_member(key, value, &asked->wish, ret_good))
         return true;
     if (strcmp(key, "name") == 0) {
-        *ret_good = word && config_name_is_good(word) &&
-                    copy_word(value, asked->name, sizeof(asked->name));
+        *ret_good =
+            word && config_name_is_good(word) && copy_word(value, asked->name, sizeof(asked->name));
     } else if (strcmp(key, "pid") == 0) {
         *ret_good = json_is_integer(value) && json_integer_value(value) > 0 &&
                     json_integer_value(value) <= INT32_MAX;
@@ -285,7 +292,8 @@ static int read_registration(const struct request *request, struct guest_request
     const char *key;
     int result = json ? 0 : -EINVAL;
 
-    json_object_foreach(json, key, value) {
+    json_object_foreach(json, key, value)
+    {
         bool good = true;
 
         if (result)
@@ -312,7 +320,8 @@ static int read_wish(const struct request *request, struct guest_wish *wish, cha
     const char *key;
     int result = json ? 0 : -EINVAL;
 
-    json_object_foreach(json, key, value) {
+    json_object_foreach(json, key, value)
+    {
         bool good = true;
 
         if (result)
@@ -491,16 +500,20 @@ static enum MHD_Result get_events(struct request *request)
     struct MHD_Response *response;
     enum MHD_Result result;
 
-    request->subscriber =
-        (struct events_subscriber){.arrived = events_arrived, .owner = request};
+    request->subscriber = (struct events_subscriber){.arrived = events_arrived, .owner = request};
     if (!info || events_subscribe(&daemon->events, &request->subscriber))
-        return answer_error(request, MHD_HTTP_SERVICE_UNAVAILABLE, "no memory for one listener more");
+        return answer_error(request, MHD_HTTP_SERVICE_UNAVAILABLE,
+                            "no memory for one listener more");
     request->streaming = true;
-    request->hangup = (struct loop_watch){.fd = info->connect_fd, .events = POLLRDHUP, .level = true,
-                                          .ready = listener_left, .owner = request,
+    request->hangup = (struct loop_watch){.fd = info->connect_fd,
+                                          .events = POLLRDHUP,
+                                          .level = true,
+                                          .ready = listener_left,
+                                          .owner = request,
                                           .op = LOOP_NOT_QUEUED};
     (void)loop_watch_add(&daemon->loop, &request->hangup);
-    response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 4096, read_events, request, NULL);
+    response =
+        MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 4096, read_events, request, NULL);
     if (!response)
         return MHD_NO;
     request->phase = PHASE_ANSWERED;
@@ -688,18 +701,22 @@ static int start_server(struct control *control, struct server *server, int list
     int result;
 
     *server = (struct server){.control = control, .metrics_only = metrics_only};
-    server->mhd = MHD_start_daemon(
-        MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME, 0, NULL, NULL, handle, server,
-        MHD_OPTION_LISTEN_SOCKET, listener, MHD_OPTION_NOTIFY_COMPLETED, completed, NULL,
-        MHD_OPTION_CONNECTION_LIMIT, CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, 120U,
-        MHD_OPTION_END);
+    server->mhd =
+        MHD_start_daemon(MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME, 0, NULL, NULL, handle, server,
+                         MHD_OPTION_LISTEN_SOCKET, listener, MHD_OPTION_NOTIFY_COMPLETED, completed,
+                         NULL, MHD_OPTION_CONNECTION_LIMIT, CONNECTIONS,
+                         MHD_OPTION_CONNECTION_TIMEOUT, 120U, MHD_OPTION_END);
     if (!server->mhd) {
         close(listener);
         return -EIO;
     }
     info = MHD_get_daemon_info(server->mhd, MHD_DAEMON_INFO_EPOLL_FD);
-    server->watch = (struct loop_watch){.fd = info->epoll_fd, .events = POLLIN, .level = true,
-                                        .ready = serve, .owner = server, .op = LOOP_NOT_QUEUED};
+    server->watch = (struct loop_watch){.fd = info->epoll_fd,
+                                        .events = POLLIN,
+                                        .level = true,
+                                        .ready = serve,
+                                        .owner = server,
+                                        .op = LOOP_NOT_QUEUED};
     result = loop_watch_add(&control->daemon->loop, &server->watch);
     if (result) {
         MHD_stop_daemon(server->mhd);
@@ -733,7 +750,7 @@ static int listen_unix(const struct control *control, const char *path)
         return -errno;
     snprintf(address.sun_path, sizeof(address.sun_path), "%s", path);
     unlink(path); /* check_alone() found nobody behind it */
-    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || chmod(path, 0660) ||
+    if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || chmod(path, 0666) ||
         (control->group != (gid_t)-1 && chown(path, (uid_t)-1, control->group)) ||
         listen(fd, 128)) {
         result = -errno;

@@ -151,7 +151,8 @@ static void stop_agents(struct daemon *daemon)
 static void say_what_waits(const struct config *config)
 {
     if (config->vault_set)
-        log_warning("[vault] is set, but this version of memd evicts nothing yet: it has no effect");
+        log_warning(
+            "[vault] is set, but this version of memd evicts nothing yet: it has no effect");
     if (config->migration_set)
         log_warning(
             "[migration] is set, but this version of memd migrates nothing yet: it has no effect");
@@ -208,8 +209,11 @@ static int start_signals(struct daemon *daemon)
     fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (fd < 0)
         return -errno;
-    daemon->signals = (struct loop_watch){.fd = fd, .events = POLLIN, .level = true,
-                                          .ready = take_signal, .owner = daemon,
+    daemon->signals = (struct loop_watch){.fd = fd,
+                                          .events = POLLIN,
+                                          .level = true,
+                                          .ready = take_signal,
+                                          .owner = daemon,
                                           .op = LOOP_NOT_QUEUED};
     return loop_watch_add(&daemon->loop, &daemon->signals);
 }

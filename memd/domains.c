@@ -14,8 +14,8 @@
 #include "daemon.h"
 #include "log.h"
 #include "member.h"
-#include "procfs.h"
 #include "neutral.h"
+#include "procfs.h"
 #include "state.h"
 
 #define NS_PER_S 1000000000ULL
@@ -168,8 +168,10 @@ int domains_for_guest(struct guest *guest, uid_t uid, struct trust_domain **ret_
 
     guest->domain_note[0] = '\0';
     if (refusal) {
-        snprintf(guest->domain_note, sizeof(guest->domain_note), "domain '%s': %s (uid %d); it "
-                 "shares within itself only", guest->domain, refusal, (int)uid);
+        snprintf(guest->domain_note, sizeof(guest->domain_note),
+                 "domain '%s': %s (uid %d); it "
+                 "shares within itself only",
+                 guest->domain, refusal, (int)uid);
         log_warning("guest '%s': %s", guest->name, guest->domain_note);
     }
     if (guest->domain[0] && !refusal)

@@ -14,7 +14,7 @@ struct daemon;
 struct domains {
     struct trust_domain *first;
     struct ksm_budget budget;
-    int dir;           /* of the records */
+    int dir; /* of the records */
     uint64_t settle_until_ns;
     /* Counters of domains that are gone. */
     struct ksm_counters departed;

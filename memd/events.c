@@ -45,14 +45,13 @@ static double wall_clock(void)
     struct timespec now;
 
     clock_gettime(CLOCK_REALTIME, &now);
-    return (double)now.tv_sec + (double)(now.tv_nsec / 1000) / 1e6;
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
 static int append(struct events_subscriber *subscriber, json_t *event)
 {
     size_t room = EVENTS_BUFFER_BYTES - subscriber->used;
-    size_t length =
-        json_dumpb(event, subscriber->buffer + subscriber->used, room, JSON_COMPACT);
+    size_t length = json_dumpb(event, subscriber->buffer + subscriber->used, room, JSON_COMPACT);
 
     if (length == 0 || length + 1 > room)
         return -ENOSPC;

@@ -31,7 +31,8 @@ void events_unsubscribe(struct events *events, struct events_subscriber *subscri
 /* Takes up to bytes from the subscriber's buffer; returns how many. */
 size_t events_take(struct events_subscriber *subscriber, char *into, size_t bytes);
 
-/* {"time":...,"event":EVENT,"guest":GUEST,...more}. guest and more may be NULL; more is consumed. */
+/* {"time":...,"event":EVENT,"guest":GUEST,...more}. guest and more may be NULL; more is consumed.
+ */
 void events_emit(struct events *events, const char *event, const char *guest, json_t *more);
 
 #endif

@@ -17,8 +17,7 @@ static const char *const level_names[LOG_LEVEL_COUNT] = {"error", "warning", "in
 static const char *const journal_prefixes[LOG_LEVEL_COUNT] = {SD_ERR, SD_WARNING, SD_NOTICE,
                                                               SD_DEBUG};
 
-static const int priorities[LOG_LEVEL_COUNT] = {LOG_ERR, LOG_WARNING, LOG_NOTICE,
-                                                LOG_DEBUG};
+static const int priorities[LOG_LEVEL_COUNT] = {LOG_ERR, LOG_WARNING, LOG_NOTICE, LOG_DEBUG};
 
 /* JOURNAL_STREAM names the device and inode of the journal's socket; a standard error that was
  * redirected since is another one. */
@@ -71,5 +70,7 @@ void log_write(enum log_level level, const char *format, ...)
         fprintf(stderr, "%s%s\n", journal_prefixes[level], line);
     else
         fprintf(stderr, "memd: %s%s\n",
-                level <= LOG_LEVEL_WARNING ? (level == LOG_LEVEL_ERROR ? "error: " : "warning: ") : "", line);
+                level <= LOG_LEVEL_WARNING ? (level == LOG_LEVEL_ERROR ? "error: " : "warning: ")
+                                           : "",
+                line);
 }

@@ -99,6 +99,7 @@ void loop_task_cancel(struct loop *loop, struct loop_task *task);
 
 /* Reads from the start of fd. buffer and fd stay untouched by the caller until done() was called,
  * which happens exactly once. */
-int loop_read_start(struct loop *loop, struct loop_read *read, int fd, void *buffer, uint32_t bytes);
+int loop_read_start(struct loop *loop, struct loop_read *read, int fd, void *buffer,
+                    uint32_t bytes);
 
 #endif

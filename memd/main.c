@@ -12,6 +12,10 @@
 
 #define DEFAULT_CONFIG "/etc/memd/memd.conf"
 
+/* jemalloc reads this: one thread needs one arena, and what was freed goes back within a second. */
+__attribute__((visibility("default"))) const char *malloc_conf =
+    "narenas:1,dirty_decay_ms:1000,muzzy_decay_ms:0";
+
 struct options {
     const char *config; /* NULL: the default one, if it is there */
     bool check, foreground;
@@ -34,9 +38,12 @@ static int usage(FILE *where, int status)
 static int parse_options(int count, char **words, struct options *options)
 {
     static const struct option known[] = {
-        {"config", required_argument, NULL, 'c'},    {"check", no_argument, NULL, 'k'},
-        {"foreground", no_argument, NULL, 'f'},      {"log-level", required_argument, NULL, 'l'},
-        {"version", no_argument, NULL, 'v'},         {"help", no_argument, NULL, 'h'},
+        {"config", required_argument, NULL, 'c'},
+        {"check", no_argument, NULL, 'k'},
+        {"foreground", no_argument, NULL, 'f'},
+        {"log-level", required_argument, NULL, 'l'},
+        {"version", no_argument, NULL, 'v'},
+        {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
     int word;

@@ -51,6 +51,13 @@ int procfs_start_time(pid_t pid, uint64_t *ret_ticks)
     return stat_field(pid, 22, ret_ticks);
 }
 
+bool procfs_is_exiting(pid_t pid)
+{
+    uint64_t flags = 0;
+
+    return stat_field(pid, 9, &flags) || flags & 4; /* PF_EXITING */
+}
+
 bool procfs_has_thread(pid_t pid, pid_t tid)
 {
     char path[64];

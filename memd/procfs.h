@@ -10,6 +10,8 @@
 
 /* Start time in clock ticks since boot: with the pid it names one process for good. */
 int procfs_start_time(pid_t pid, uint64_t *ret_ticks);
+/* True when the process has ended, or is about to (its main thread is on its way out). */
+bool procfs_is_exiting(pid_t pid);
 /* Does this thread belong to this process? */
 bool procfs_has_thread(pid_t pid, pid_t tid);
 /* CPU time that a thread has had. */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Proportional set sizes of the VMMs and of memd. Reading smaps_rollup takes the kernel time in
- * proportion to the memory of the process, so a kernel worker of io_uring does it; who wants to know
- * waits for the sample, and a sample serves everybody for a second.
+ * proportion to the memory of the process, so a kernel worker of io_uring does it; who wants to
+ * know waits for the sample, and a sample serves everybody for a second.
  */
 #ifndef MEMD_PSS_H
 #define MEMD_PSS_H

@@ -129,9 +129,9 @@ static struct guest_wish resolve(const struct daemon *daemon, const char *name,
     if (!asked->has_domain)
         result.domain[0] = '\0';
     if (preset) {
-        struct guest_wish file = {preset->has_max,    preset->has_min,   preset->has_shares,
-                                  preset->has_domain, preset->max_bytes, preset->min_bytes,
-                                  preset->shares,     ""};
+        struct guest_wish file = {
+            preset->has_max,   preset->has_min,   preset->has_shares, preset->has_domain,
+            preset->max_bytes, preset->min_bytes, preset->shares,     ""};
         strcpy(file.domain, preset->domain);
         overlay(&result, &file);
     }
@@ -226,7 +226,8 @@ void registry_reload(struct daemon *daemon, const struct config *old)
             continue;
         }
         if (apply(guest, &total))
-            (void)agents_detach(guest, true, "the configuration puts the guest into another domain");
+            (void)agents_detach(guest, true,
+                                "the configuration puts the guest into another domain");
     }
 }
 
@@ -261,8 +262,11 @@ static int watch_process(struct guest *guest, pid_t pid)
         return result;
     }
     stop_watching(guest);
-    guest->death = (struct loop_watch){.fd = fd, .events = POLLIN, .level = true,
-                                       .ready = process_died, .owner = guest,
+    guest->death = (struct loop_watch){.fd = fd,
+                                       .events = POLLIN,
+                                       .level = true,
+                                       .ready = process_died,
+                                       .owner = guest,
                                        .op = LOOP_NOT_QUEUED};
     guest->pid = pid;
     guest->start_time = start_time;
@@ -303,8 +307,8 @@ void registry_set_engine(struct guest *guest, enum guest_engine engine, const ch
     uint64_t now = loop_now(&daemon->loop);
     bool had_kernel = guest->engine == ENGINE_KERNEL;
 
-    if (engine == ENGINE_KERNEL && (!daemon->kernel_ksm.available ||
-                                    daemon->config.engine == SHARING_OFF)) {
+    if (engine == ENGINE_KERNEL &&
+        (!daemon->kernel_ksm.available || daemon->config.engine == SHARING_OFF)) {
         snprintf(guest->reason, sizeof(guest->reason), "%s%s%s", reason, reason[0] ? "; " : "",
                  daemon->config.engine == SHARING_OFF ? "sharing is off in memd.conf"
                                                       : daemon->kernel_ksm.reason);
@@ -512,7 +516,7 @@ int registry_agent_came(struct guest *guest, struct session *session, pid_t pid,
     guest->session = session;
     guest->presence = AGENT_CONNECTED;
     guest->waiting_for_hello = false;
-    guest->has_stats = false;
+    guest->has_stats = guest->places_stated = false;
     guest->block_count = 0;
     guest->account.managed_pages = 0;
     ledger_forget_places(&daemon->ledger, &guest->account);
@@ -540,6 +544,8 @@ void registry_agent_left(struct guest *guest, const char *why)
     guest->session = NULL;
     guest->presence = AGENT_LOST;
     ledger_forget_places(&daemon->ledger, &guest->account);
+    if (procfs_is_exiting(guest->pid))
+        return; /* its pidfd says the rest in a moment */
     log_warning("guest '%s': its agent is gone: %s; it runs on with what it shares", guest->name,
                 why);
     events_emit(&daemon->events, "agent_lost", guest->name, json_pack("{s:s}", "reason", why));
@@ -564,12 +570,12 @@ uint64_t registry_agents_cpu_ns(struct daemon *daemon)
 
 static json_t *guest_to_json(const struct guest *guest)
 {
-    json_t *json = json_pack(
-        "{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b}", "name", guest->name, "token", guest->token,
-        "uid", (json_int_t)guest->uid, "pid", (json_int_t)guest->pid, "start_time",
-        (json_int_t)guest->start_time, "vmm", guest->vmm, "qmp", guest->qmp, "engine",
-        registry_engine_name(guest->engine), "reason", guest->reason, "waiting",
-        guest->waiting_for_hello);
+    json_t *json =
+        json_pack("{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b}", "name", guest->name, "token",
+                  guest->token, "uid", (json_int_t)guest->uid, "pid", (json_int_t)guest->pid,
+                  "start_time", (json_int_t)guest->start_time, "vmm", guest->vmm, "qmp", guest->qmp,
+                  "engine", registry_engine_name(guest->engine), "reason", guest->reason, "waiting",
+                  guest->waiting_for_hello);
 
     if (json)
         wish_into_json(&guest->asked, json);
@@ -646,8 +652,7 @@ int registry_start(struct daemon *daemon)
         json_decref(daemon->registry.wishes);
         daemon->registry.wishes = json_object();
     }
-    json_array_foreach(guests, i, guest)
-        restore(daemon, guest);
+    json_array_foreach(guests, i, guest) restore(daemon, guest);
     json_decref(guests);
     return daemon->registry.wishes ? 0 : -ENOMEM;
 }

@@ -72,11 +72,12 @@ struct guest {
     struct session *lost;    /* one that ended while its shares may come back */
     struct message_stats stats;
     bool has_stats;
+    bool places_stated; /* since its RAM changed last */
     struct guest_block blocks[GUEST_BLOCKS_MAX];
     uint32_t block_count;
-    uint64_t agent_cpu_ns; /* of its agents' threads, up to the last look */
+    uint64_t agent_cpu_ns;                /* of its agents' threads, up to the last look */
     uint64_t resident_bytes, shmem_bytes; /* PSS of the VMM, and the shmem part of it */
-    bool over;             /* about to be freed: being detached */
+    bool over;                            /* about to be freed: being detached */
 
     struct loop_timer hello_timer, grace_timer;
     struct guest *next;

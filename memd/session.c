@@ -295,8 +295,9 @@ static int take_pass(struct ksm_member *member, struct ring_entry entry, struct 
     return 0;
 }
 
-#define ANY_STATE (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
-#define NOT_LAST  (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING))
+#define ANY_STATE \
+    (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
+#define NOT_LAST (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING))
 
 static const struct {
     const char *name;
@@ -399,11 +400,9 @@ static uint32_t collect_fds(struct msghdr *header, int *fds)
 static int dispatch(struct session *session, const uint8_t *message, size_t bytes, int *fds,
                     uint32_t fd_count)
 {
-    struct message_header header;
+    struct message_header header = {0, 0};
 
-    if (bytes < sizeof(header))
-        return -EPROTO;
-    memcpy(&header, message, sizeof(header));
+    memcpy(&header, message, bytes < sizeof(header) ? bytes : sizeof(header));
     for (size_t i = 0; i < session_message_count; i++) {
         const struct session_message *known = &session_messages[i];
 
@@ -426,7 +425,9 @@ static int receive(struct session *session)
     _Alignas(8) uint8_t message[MESSAGE_MAX];
     char control[CMSG_SPACE(sizeof(int) * FDS_MAX)];
     struct iovec piece = {message, sizeof(message)};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
+    struct msghdr header = {.msg_iov = &piece,
+                            .msg_iovlen = 1,
+                            .msg_control = control,
                             .msg_controllen = sizeof(control)};
     int fds[FDS_MAX] = {-1, -1, -1, -1}, result;
     ssize_t got = recvmsg(session->fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
@@ -523,8 +524,11 @@ int session_start(struct daemon *daemon, int fd, uid_t uid, pid_t pid)
     *session = (struct session){.daemon = daemon, .fd = fd, .uid = uid, .pid = pid};
     session->watch = (struct loop_watch){
         .fd = fd, .events = POLLIN, .ready = can_read, .owner = session, .op = LOOP_NOT_QUEUED};
-    session->writable = (struct loop_watch){.fd = fd, .events = POLLOUT, .level = true,
-                                            .ready = can_write, .owner = session,
+    session->writable = (struct loop_watch){.fd = fd,
+                                            .events = POLLOUT,
+                                            .level = true,
+                                            .ready = can_write,
+                                            .owner = session,
                                             .op = LOOP_NOT_QUEUED};
     session->task = (struct loop_task){.step = step, .owner = session};
     session->greeting = (struct loop_timer){.expired = says_nothing, .owner = session};
@@ -549,7 +553,8 @@ static int make_ring(struct ring **ret_ring, int *ret_fd)
 
     if (fd < 0)
         return -errno;
-    if (ftruncate(fd, RING_BYTES) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+    if (ftruncate(fd, RING_BYTES) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
         goto undo;
     ring = mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (ring == MAP_FAILED)
@@ -566,8 +571,9 @@ undo:
 int session_equip(struct session *session, struct trust_domain *domain, int *ret_ring_fd)
 {
     int result;
-    void *pending = mmap(NULL, SESSION_PENDING_MAX * sizeof(*session->pending),
-                         PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *pending =
+        mmap(NULL, SESSION_PENDING_MAX * sizeof(*session->pending), PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
     if (pending == MAP_FAILED)
         return -ENOMEM;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One connection of one agent: messages in, messages out, and the ring. What the messages mean is in
- * agents.c; this file moves them.
+ * One connection of one agent: messages in, messages out, and the ring. What the messages mean is
+ * in agents.c; this file moves them.
  *
  * Incoming: every message is looked up in a table (type, exact size, descriptors, state); anything
  * that is not in it ends the session. Every ring entry is copied before it is looked at.
@@ -23,7 +23,7 @@ enum session_state {
     SESSION_GREETING, /* connected, no HELLO yet */
     SESSION_HOLDING,  /* welcomed; says what it held under an earlier memd */
     SESSION_SERVING,
-    SESSION_LEAVING,  /* DETACH was sent */
+    SESSION_LEAVING, /* DETACH was sent */
     SESSION_OVER,
     SESSION_STATE_COUNT
 };
@@ -38,7 +38,7 @@ struct outgoing {
 
 struct session {
     struct daemon *daemon;
-    struct guest *guest;      /* NULL: not greeted, or the guest is gone */
+    struct guest *guest; /* NULL: not greeted, or the guest is gone */
     struct ksm_member *member;
     struct loop_watch watch, writable;
     struct loop_task task;
@@ -58,8 +58,8 @@ struct session {
     struct outgoing *first_out, *last_out;
     uint32_t out_count;
 
-    uint32_t next_page;         /* where the next managed block starts */
-    pid_t scanner, handler;     /* confirmed by /proc; else 0 */
+    uint32_t next_page;     /* where the next managed block starts */
+    pid_t scanner, handler; /* confirmed by /proc; else 0 */
     uint64_t cpu_base_ns, cpu_ns;
     bool rejoin, detached, held_end;
     struct session *next;

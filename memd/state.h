@@ -14,7 +14,8 @@ int state_open(const char *path, int *ret_dir, int *ret_lock);
 /* Makes and opens a directory inside it. */
 int state_subdirectory(int dir, const char *name, int *ret_dir);
 
-/* durable: on the disk when it returns (a word given to an operator); else it survives memd only. */
+/* durable: on the disk when it returns (a word given to an operator); else it survives memd only.
+ */
 int state_write(int dir, const char *name, const json_t *json, bool durable);
 /* A new reference, or NULL when there is none or it can't be read. */
 json_t *state_read(int dir, const char *name);

@@ -2,6 +2,7 @@
 #include "status.h"
 
 #include <inttypes.h>
+#include <jemalloc/jemalloc.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,7 +49,7 @@ static void places_of(const struct guest *guest, uint64_t *ret_places)
     uint64_t merged = 0, zero = 0, all = guest->account.max_bytes / PAGE_BYTES;
 
     memset(ret_places, 0, sizeof(*ret_places) * PLACE_COUNT);
-    if (guest->session && guest->has_stats) {
+    if (guest->session && guest->places_stated) {
         memcpy(ret_places, guest->account.places, sizeof(guest->account.places));
         return;
     }
@@ -66,8 +67,7 @@ static void places_of(const struct guest *guest, uint64_t *ret_places)
 
 static void add_domains(const struct daemon *daemon, struct figures *figures)
 {
-    for (const struct trust_domain *domain = daemon->domains.first; domain;
-         domain = domain->next) {
+    for (const struct trust_domain *domain = daemon->domains.first; domain; domain = domain->next) {
         uint64_t shared = 0;
 
         for (const struct ksm_member *member = domain->members; member; member = member->next)
@@ -128,9 +128,9 @@ static struct figures collect(struct daemon *daemon)
     figures.promised_bytes = ledger_promised_bytes(&daemon->ledger);
     figures.guaranteed_bytes = ledger_guaranteed_bytes(&daemon->ledger);
     figures.used_bytes = used_bytes(daemon, figures.store_pages * PAGE_BYTES);
-    figures.cpu_seconds = (double)(own_cpu_ns() + registry_agents_cpu_ns(daemon) +
-                                   daemon->kernel_ksm.cpu_ns) /
-                          NS_PER_S;
+    figures.cpu_seconds =
+        (double)(own_cpu_ns() + registry_agents_cpu_ns(daemon) + daemon->kernel_ksm.cpu_ns) /
+        NS_PER_S;
     return figures;
 }
 
@@ -145,12 +145,11 @@ static json_t *host_json(const struct daemon *daemon, const struct figures *figu
     set(json, "used_bytes", figures->used_bytes);
     set(json, "promised_bytes", figures->promised_bytes);
     set(json, "guaranteed_bytes", figures->guaranteed_bytes);
-    json_object_set_new(
-        json, "overcommit_ratio",
-        json_real(budget ? (double)figures->promised_bytes / (double)budget : 0));
-    json_object_set_new(
-        json, "state",
-        json_string(ledger_host_state_name(ledger_host_state(&daemon->ledger, figures->used_bytes))));
+    json_object_set_new(json, "overcommit_ratio",
+                        json_real(budget ? (double)figures->promised_bytes / (double)budget : 0));
+    json_object_set_new(json, "state",
+                        json_string(ledger_host_state_name(
+                            ledger_host_state(&daemon->ledger, figures->used_bytes))));
     return json;
 }
 
@@ -352,6 +351,21 @@ static void counter(FILE *out, const char *name, const char *help, uint64_t valu
     metric(out, name, "counter", help, "%" PRIu64, value);
 }
 
+/* What the allocator has handed out, and what it holds for that; 0 under another allocator. */
+static void allocator_metrics(FILE *out)
+{
+    uint64_t epoch = 1;
+    size_t allocated = 0, resident = 0, bytes = sizeof(epoch);
+
+    (void)mallctl("epoch", &epoch, &bytes, &epoch, bytes);
+    bytes = sizeof(allocated);
+    (void)mallctl("stats.allocated", &allocated, &bytes, NULL, 0);
+    (void)mallctl("stats.resident", &resident, &bytes, NULL, 0);
+    gauge(out, "allocated_bytes", "Memory of memd that is in use, tables of trust domains aside.",
+          allocated);
+    gauge(out, "allocator_resident_bytes", "Memory that the allocator holds for that.", resident);
+}
+
 static void host_metrics(FILE *out, const struct daemon *daemon, const struct figures *figures)
 {
     gauge(out, "budget_bytes", "What guests may use together.", daemon->ledger.budget_bytes);
@@ -384,8 +398,8 @@ static void host_metrics(FILE *out, const struct daemon *daemon, const struct fi
     counter(out, "turns_total", "Turns of the loop.", daemon->loop.turns);
     metric(out, "longest_turn_seconds", "gauge", "The longest turn of the loop so far.", "%.6f",
            (double)daemon->loop.longest_turn_ns / NS_PER_S);
-    metric(out, "cpu_seconds_total", "counter", "memd, all agents' threads, and ksmd while it is used.",
-           "%.6f", figures->cpu_seconds);
+    metric(out, "cpu_seconds_total", "counter",
+           "memd, all agents' threads, and ksmd while it is used.", "%.6f", figures->cpu_seconds);
 }
 
 static void matching_metrics(FILE *out, const struct daemon *daemon)
@@ -435,6 +449,7 @@ char *status_metrics(struct daemon *daemon)
         return NULL;
     host_metrics(out, daemon, &figures);
     matching_metrics(out, daemon);
+    allocator_metrics(out);
     guest_metrics(out, daemon);
     fclose(out);
     return text;

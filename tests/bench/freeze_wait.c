@@ -4,18 +4,20 @@
  *
  * One thread freezes, compares and gives back runs of pages for ever (their last byte differs from
  * the store's, so that nothing is merged and every wait is a freeze's); another stores into pages
- * of the run and times each store. A store that took longer than the slowest of 100,000 undisturbed
- * ones' 99.9th percentile, and for which the fault handler saw a fault, met a freeze.
+ * of the run and times each store. The pages are there and writable but while they are frozen: a
+ * store that the kernel counts a page fault for has met a freeze.
  *
  * usage: freeze_wait [--waits N] [--run PAGES]
  */
 #include <fcntl.h>
 #include <getopt.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -96,6 +98,42 @@ static void *freeze_for_ever(void *context)
     return NULL;
 }
 
+static long own_faults(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_minflt + usage.ru_majflt;
+}
+
+/* Stores until `wanted` stores have met a freeze; their times. */
+static void store_for_ever(uint64_t *ns)
+{
+    uint32_t random = 1;
+    uint32_t waits = 0;
+
+    while (waits < wanted) {
+        long faults = own_faults();
+        uint64_t before;
+
+        random = random * 1664525 + 1013904223;
+        before = now_ns();
+        *(volatile uint8_t *)ram_address(block, random % run_pages) = 7;
+        ns[waits] = now_ns() - before;
+        if (own_faults() != faults)
+            waits++;
+    }
+}
+
+/* As memd does for a living agent. Without the right to it the waits are longer. */
+static void put_handler_first(void)
+{
+    struct sched_param first = {.sched_priority = 1};
+
+    (void)sched_setscheduler((pid_t)__atomic_load_n(&handler.tid, __ATOMIC_ACQUIRE),
+                             SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
+}
+
 static int ascending(const void *a, const void *b)
 {
     uint64_t left = *(const uint64_t *)a;
@@ -108,8 +146,6 @@ int main(int argc, char **argv)
 {
     static const struct option options[] = {
         {"waits", required_argument, NULL, 'w'}, {"run", required_argument, NULL, 'r'}, {0}};
-    uint32_t random = 1;
-    uint32_t waits = 0;
     uint64_t *ns;
     pthread_t thread;
     int option;
@@ -127,24 +163,17 @@ int main(int argc, char **argv)
     if (!ns)
         die("no memory");
     set_up();
+    put_handler_first();
     pthread_create(&thread, NULL, freeze_for_ever, NULL);
-    while (waits < wanted) {
-        uint64_t faults = __atomic_load_n(&handler.count, __ATOMIC_ACQUIRE);
-        uint64_t before;
-        random = random * 1664525 + 1013904223;
-        before = now_ns();
-        *(volatile uint8_t *)ram_address(block, random % run_pages) = 7;
-        ns[waits] = now_ns() - before;
-        if (ns[waits] > 1500 && __atomic_load_n(&handler.count, __ATOMIC_ACQUIRE) != faults)
-            waits++;
-    }
+    store_for_ever(ns);
     __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);
     pthread_join(thread, NULL);
-    qsort(ns, waits, sizeof(*ns), ascending);
+    qsort(ns, wanted, sizeof(*ns), ascending);
     printf(
         "{\"waits\": %u, \"run_pages\": %u, \"p50_us\": %.1f, \"p99_us\": %.1f, \"max_us\": %.1f, "
         "\"merges\": %llu}\n",
-        waits, run_pages, (double)ns[waits / 2] / 1e3, (double)ns[waits / 100 * 99] / 1e3,
-        (double)ns[waits - 1] / 1e3, (unsigned long long)stats.merges);
+        wanted, run_pages, (double)ns[wanted / 2] / 1e3,
+        (double)ns[(size_t)wanted * 99 / 100] / 1e3, (double)ns[wanted - 1] / 1e3,
+        (unsigned long long)stats.merges);
     return 0;
 }

@@ -6,15 +6,16 @@ import contextlib
 import os
 
 from lab import Failure, Lab, PAGE, Skip, machine, wait_for
-from lab.suite import AGENT, live_test, preload_library, short_or_full
+from lab.suite import AGENT, live_test, short_or_full
 
 LEND_PAGES = (100 << 20) // PAGE
 REPORTED_PAGES = LEND_PAGES * 6 // 10  # free page reporting leaves scattered pages to the guest
 
 
-def start_reporting_guest(lab, **options):
+def start_reporting_guest(lab, memory, **options):
+    """So little memory that what was given back has to be taken again."""
     guest = lab.start_guest(
-        "giver", memory="320M", lend="100M", unique="8M", duty=3, **options,
+        "giver", memory=memory, lend="100M", unique="8M", duty=3, **options,
         append="init_on_free=1 init_on_alloc=0 transparent_hugepage=never",
         devices=["-device", "virtio-balloon-pci,free-page-reporting=on"])
     guest.wait_ready()
@@ -36,7 +37,7 @@ def take(guest):
 def discarded_pages_come_back_as_zeros():
     with Lab() as lab:
         lab.start_memd()
-        guest = start_reporting_guest(lab)
+        guest = start_reporting_guest(lab, "216M")
         for number in range(short_or_full(4, 40)):
             share_then_free(lab, guest)
             wait_for("the freed memory to be reported", lambda: lab.guest_status("giver")["places"]
@@ -103,7 +104,7 @@ def discarded_silent_copies_come_back_as_zeros():
     needs_map_limit()
     with Lab() as lab:
         lab.start_memd()
-        guest = start_reporting_guest(lab, mosaic="40M")
+        guest = start_reporting_guest(lab, "256M", mosaic="40M")
         for _ in range(short_or_full(1, 10)):
             dirty = take_after_silent_copies(lab, guest)
             if dirty:
@@ -115,12 +116,12 @@ def discarded_silent_copies_come_back_as_zeros():
 def without_interposition_discarded_pages_show_the_store():
     """The test above can fail: with an agent that leaves the VMM's discards alone it does."""
     needs_map_limit()
-    library = preload_library("-no-interpose")
-    if not os.path.exists(library):
-        raise Skip(f"no {library} in this build")
+    agent = "libmemd-preload-no-interpose.so"
+    if not os.path.exists(machine.library(agent)):
+        raise Skip(f"no {agent} in this build")
     with Lab() as lab:
         lab.start_memd()
-        guest = start_reporting_guest(lab, mosaic="40M", env={"MEMD_PRELOAD": library})
+        guest = start_reporting_guest(lab, "256M", mosaic="40M", agent=agent)
         for _ in range(3):
             if take_after_silent_copies(lab, guest):
                 return

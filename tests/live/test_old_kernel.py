@@ -12,7 +12,7 @@ from lab.guest import SAYS
 from lab.suite import live_test
 
 HERE = os.path.dirname(os.path.realpath(__file__))
-CONFIG = "[host]\nsocket = /run/memd.sock\nstate_dir = /var/lib/memd\n[sharing]\nrevisit_s = 1\n"
+CONFIG = "[host]\nstate_dir = /var/lib/memd\n[sharing]\nrevisit_s = 1\n"
 
 
 def guest_kernel_release(files):
@@ -22,20 +22,20 @@ def guest_kernel_release(files):
 
 def libraries(program):
     """Absolute paths of everything that the loader would bring, the loader too."""
-    done = subprocess.run(["ldd", program], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return set(re.findall(r"(/\S+) \(0x", done.stdout)) if done.returncode == 0 else set()
 
 
 def pack(lab, tree):
     """A second archive behind the guest's own: memd with its libraries, the VMMs and the script."""
+    os.makedirs(tree + "/test/bin")
     os.makedirs(tree + "/test/lib")
     needed = set()
     for name in ("memd", "memctl", "static_vmm", "dynamic_vmm"):
-        shutil.copy(machine.program(name), f"{tree}/test/{name}")
+        shutil.copy(machine.program(name), f"{tree}/test/bin/{name}")
         needed |= libraries(machine.program(name))
-    library = os.path.join(machine.build_dir(), "lib/libmemd-preload.so")
-    shutil.copy(library, tree + "/test/")
-    for path in needed | libraries(library):
+    shutil.copy(machine.library(), tree + "/test/lib/")
+    for path in needed | libraries(machine.library()):
         os.makedirs(os.path.dirname(tree + path), exist_ok=True)
         shutil.copy(os.path.realpath(path), tree + path)
     shutil.copy(HERE + "/old_kernel_run", tree + "/test/run")

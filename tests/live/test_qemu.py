@@ -47,6 +47,30 @@ def qemu_uses_userfaultfd_itself_for_a_background_snapshot():
         guest.report()
 
 
+def mergeable_bytes(pid):
+    """Memory that the kernel's ksmd may look at ('mg' among a mapping's flags)."""
+    total = size = 0
+    with open(f"/proc/{pid}/smaps") as file:
+        for line in file:
+            if line.startswith("Size:"):
+                size = int(line.split()[1]) * 1024
+            elif line.startswith("VmFlags:") and "mg" in line.split():
+                total += size
+    return total
+
+
+@live_test([AGENT])
+def guest_memory_is_withheld_from_ksmd():
+    """Both would fight for the same pages. QEMU offers its RAM to ksmd in two places."""
+    with Lab() as lab:
+        lab.start_memd()
+        for name, options in (("plain", ["--no-migrate"]), ("file", [])):
+            guest = lab.start_guest(name, memory="128M", twin="8M", run_options=options)
+            guest.wait_ready()
+            if mergeable_bytes(guest.pid) > 4 << 20:  # firmware and the like may be
+                raise Failure(f"{name}: ksmd may merge {mergeable_bytes(guest.pid)} bytes")
+
+
 @live_test([AGENT])
 def qemu_writes_a_snapshot_of_shared_memory():
     """A plain migration to a file reads every page through the shares; restored, all is right."""

@@ -35,7 +35,8 @@ Test(host_sharing, two_guests_share_what_is_equal_and_nothing_else)
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 1000);
         for (uint32_t page = 0; page < 1000; page++)
-            fake_write(&fakes[i], page, page < 600 ? page + 1 : (uint32_t)(10000 + i * 10000) + page);
+            fake_write(&fakes[i], page,
+                       page < 600 ? page + 1 : (uint32_t)(10000 + i * 10000) + page);
         fake_offer_all(&fakes[i]);
     }
     UNTIL(&world, fakes, 2, fake_shared(&fakes[0]) == 600 && fake_shared(&fakes[1]) == 600);
@@ -153,8 +154,40 @@ Test(host_sharing, a_source_that_changes_before_it_is_published_loses_nothing)
     fakes[0].answers = true;
     UNTIL(&world, fakes, 3, fake_shared(&fakes[1]) == 50 && fake_shared(&fakes[2]) == 50);
     cr_assert_eq(fake_shared(&fakes[0]), 0);
+    cr_assert_eq(fake_domain(&fakes[0])->counters.timeouts, 0, "the first waiter took its place");
     must_hold(&fakes[0]);
     for (int i = 0; i < 3; i++)
+        fake_close(&fakes[i]);
+    world_stop(&world);
+}
+
+Test(host_sharing, content_that_has_lost_its_second_user_is_not_published)
+{
+    struct world world;
+    struct fake fakes[2];
+
+    world_start(&world, web());
+    for (int i = 0; i < 2; i++) {
+        fake_join(&fakes[i], &world, i ? "b" : "a", "web", 50);
+        for (uint32_t page = 0; page < 50; page++)
+            fake_write(&fakes[i], page, page + 1);
+        fake_offer_all(&fakes[i]);
+    }
+    UNTIL(&world, fakes, 2, fake_domain(&fakes[0])->round.filled == 50);
+    for (uint32_t page = 0; page < 50; page++)
+        fake_write(&fakes[1], page, 7000 + page);
+    fake_offer_all(&fakes[1]);
+    UNTIL(&world, fakes, 2, fake_domain(&fakes[0])->round.filled == 0);
+    for (int i = 0; i < 50; i++)
+        fakes_turn(&world, fakes, 2);
+    cr_assert_eq(fake_domain(&fakes[0])->store.published, 0);
+    must_hold(&fakes[0]);
+    /* and the first one's content is remembered */
+    for (uint32_t page = 0; page < 50; page++)
+        fake_write(&fakes[1], page, page + 1);
+    fake_offer_all(&fakes[1]);
+    UNTIL(&world, fakes, 2, fake_shared(&fakes[0]) == 50 && fake_shared(&fakes[1]) == 50);
+    for (int i = 0; i < 2; i++)
         fake_close(&fakes[i]);
     world_stop(&world);
 }

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "store.h"
@@ -105,6 +106,7 @@ Test(host_store, only_the_recorded_file_is_taken_back)
     struct ksm_store old, store;
     struct ksm_segment *segment, *back;
     int other, unsealed, copy;
+    struct stat about;
 
     cr_assert_eq(ksm_store_start(&old, &budget), 0);
     cr_assert_eq(ksm_store_start(&store, &budget), 0);
@@ -117,11 +119,17 @@ Test(host_store, only_the_recorded_file_is_taken_back)
                  -EPERM);
     cr_assert_eq(ksm_store_adopt(&store, 3, 4, segment->device, segment->inode, unsealed, &back),
                  -EPERM);
+    cr_assert_eq(fstat(unsealed, &about), 0);
+    cr_assert_eq(ksm_store_adopt(&store, 3, 4, about.st_dev, about.st_ino, unsealed, &back), -EPERM,
+                 "without seals");
+    cr_assert_eq(fcntl(unsealed, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL), 0);
+    cr_assert_eq(ksm_store_adopt(&store, 3, 4, about.st_dev, about.st_ino, unsealed, &back), -EPERM,
+                 "with all seals but the one against writing");
     cr_assert_eq(ksm_store_adopt(&store, 3, 5, segment->device, segment->inode, copy, &back),
                  -EPERM, "another size");
-    cr_assert_eq(ksm_store_adopt(&store, KSM_SEGMENT_IDS, 4, segment->device, segment->inode, copy,
-                                 &back),
-                 -EPERM);
+    cr_assert_eq(
+        ksm_store_adopt(&store, KSM_SEGMENT_IDS, 4, segment->device, segment->inode, copy, &back),
+        -EPERM);
     cr_assert_eq(ksm_store_adopt(&store, 3, 4, segment->device, segment->inode, copy, &back), 0);
     cr_assert_eq(back->state, SEGMENT_TAKEN_BACK);
     cr_assert(ksm_store_is(back, segment->fd));

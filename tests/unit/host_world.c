@@ -26,8 +26,8 @@ static void write_config(const struct world *world, const char *config)
     snprintf(path, sizeof(path), "%s/memd.conf", world->dir);
     file = fopen(path, "w");
     cr_assert_not_null(file);
-    fprintf(file, "[host]\nsocket = %s/memd.sock\nstate_dir = %s/state\ngrace_s = 2\n%s\n",
-            world->dir, world->dir, config);
+    fprintf(file, "[host]\nsocket = %s/memd.sock\nstate_dir = %s/state\ngrace_s = %u\n%s\n",
+            world->dir, world->dir, world->grace_s ? world->grace_s : 2, config);
     fclose(file);
 }
 
@@ -178,8 +178,11 @@ void fake_bell(struct fake *fake)
 
 void fake_ram(struct fake *fake, uint32_t first_page, uint32_t pages, uint64_t hva)
 {
-    struct message_ram ram = {.header = {MESSAGE_RAM, sizeof(ram)}, .first_page = first_page,
-                              .pages = pages, .hva = hva, .managed = 1};
+    struct message_ram ram = {.header = {MESSAGE_RAM, sizeof(ram)},
+                              .first_page = first_page,
+                              .pages = pages,
+                              .hva = hva,
+                              .managed = 1};
 
     fake_send(fake, &ram, sizeof(ram), -1);
 }
@@ -234,7 +237,9 @@ static bool receive(struct fake *fake)
     _Alignas(8) uint8_t message[1024];
     char control[CMSG_SPACE(sizeof(int) * 2)];
     struct iovec piece = {message, sizeof(message)};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
+    struct msghdr header = {.msg_iov = &piece,
+                            .msg_iovlen = 1,
+                            .msg_control = control,
                             .msg_controllen = sizeof(control)};
     ssize_t got = recvmsg(fake->fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     struct message_header front;
@@ -291,7 +296,7 @@ static void answer_want(struct fake *fake, struct ring_entry entry)
         while (ring_room(&fake->ring->to_memd, fake->own_head) < RING_ENTRIES)
             world_turn(fake->world);
     }
-    fake_content(page->color, fake->ring->pages[buffer]);
+    fake_content(page->color + fake->lies, fake->ring->pages[buffer]);
     fake_put(fake, RING_PAGE, entry.page, buffer);
 }
 
@@ -361,9 +366,12 @@ void fakes_turn(struct world *world, struct fake *fakes, size_t count)
 bool fake_hello(struct fake *fake, bool held)
 {
     struct message_hello hello = {.header = {MESSAGE_HELLO, sizeof(hello)},
-                                  .magic = PROTOCOL_MAGIC, .version = PROTOCOL_VERSION,
-                                  .features = FEATURE_SHARE, .page_bytes = PAGE_BYTES,
-                                  .held = held, .vmm = "test"};
+                                  .magic = PROTOCOL_MAGIC,
+                                  .version = PROTOCOL_VERSION,
+                                  .features = FEATURE_SHARE,
+                                  .page_bytes = PAGE_BYTES,
+                                  .held = held,
+                                  .vmm = "test"};
 
     memcpy(hello.token, fake->token, PROTOCOL_TOKEN_BYTES);
     fake_send(fake, &hello, sizeof(hello), -1);

@@ -14,14 +14,15 @@ struct world {
     struct daemon daemon;
     char dir[64];
     bool running;
+    unsigned grace_s; /* 0: 2 */
 };
 
 #define FAKE_SEGMENTS 4096
 
 /* What the fake agent believes about each of its pages. */
 struct fake_page {
-    uint32_t color;   /* its content; 0 is the zero page */
-    uint32_t slot;    /* SLOT_NONE: private */
+    uint32_t color; /* its content; 0 is the zero page */
+    uint32_t slot;  /* SLOT_NONE: private */
     bool offered;
 };
 
@@ -38,8 +39,9 @@ struct fake {
     struct fake_page *pages;
     int segments[FAKE_SEGMENTS]; /* descriptors; -1: not held */
     uint32_t segment_pages[FAKE_SEGMENTS];
-    bool answers;   /* false: it reads nothing and says nothing */
-    bool ended;     /* the connection was closed by memd */
+    bool lies;             /* it sends other content than it offered */
+    bool answers;          /* false: it reads nothing and says nothing */
+    bool ended;            /* the connection was closed by memd */
     uint32_t busy_percent; /* MERGEs that it refuses as pinned */
     uint64_t wants, merges, remaps, drops;
     struct message_words detach; /* the last DETACH or REFUSED */
@@ -56,12 +58,12 @@ void world_remove(struct world *world);
 void world_turn(struct world *world);
 
 /* Turns the loop (and lets fakes answer) until condition is true, or fails after 20 s. */
-#define UNTIL(world, fakes, count, condition)                                                      \
-    do {                                                                                           \
-        int turns_;                                                                                \
-        for (turns_ = 0; turns_ < 20000 && !(condition); turns_++)                                 \
-            fakes_turn(world, fakes, count);                                                       \
-        cr_assert((condition), "never came: %s", #condition);                                      \
+#define UNTIL(world, fakes, count, condition)                      \
+    do {                                                           \
+        int turns_;                                                \
+        for (turns_ = 0; turns_ < 20000 && !(condition); turns_++) \
+            fakes_turn(world, fakes, count);                       \
+        cr_assert((condition), "never came: %s", #condition);      \
     } while (0)
 
 /* A guest that is registered with this process as its VMM. domain may be NULL. */

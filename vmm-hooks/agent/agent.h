@@ -58,6 +58,7 @@ struct memd_vm {
     uint32_t forked;            /* this is a child of the VMM, without our threads */
     uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
     char reason[PROTOCOL_TEXT_BYTES];
+    uint32_t news; /* state or reason have changed since memd was told */
     uint32_t left_alone_count;
     struct left_alone left_alone[AGENT_MAX_LEFT_ALONE];
 
@@ -99,6 +100,10 @@ void agent_say(struct memd_vm *vm, const char *reason);
  * thread. Returns pages that could not be made private. */
 uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char *reason);
 
+/* For good: as above, and what the agent had mapped and registered for it goes too (a lock of all
+ * memory would wait for ever in a hole of ours). */
+void agent_give_up(struct memd_vm *vm, const char *reason);
+
 /* Up to so many blocks can be touched by one call of the VMM. */
 #define AGENT_MAX_LEAVING 8U
 
@@ -132,7 +137,7 @@ void session_close(struct memd_vm *vm);
 uint32_t session_turn(struct memd_vm *vm);
 /* Tells memd of new blocks, blocks that left, and shares that ended. */
 void session_report(struct memd_vm *vm);
-void session_pass_end(struct memd_vm *vm);
+void session_send_stats(struct memd_vm *vm);
 /* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg);
 /* Waits for memd or for somebody to stop us. */

@@ -11,7 +11,9 @@
 
 #include "agent.h"
 #include "discard.h"
+#include "freeze.h"
 #include "procfs.h"
+#include "uffd.h"
 
 /* The one agent of this process, for fork. */
 static struct memd_vm *the_vm;
@@ -19,7 +21,10 @@ static struct memd_vm *the_vm;
 void agent_say(struct memd_vm *vm, const char *reason)
 {
     lock_take(&vm->words);
-    strncpy(vm->reason, reason, sizeof(vm->reason) - 1);
+    if (strncmp(vm->reason, reason, sizeof(vm->reason) - 1) != 0) {
+        strncpy(vm->reason, reason, sizeof(vm->reason) - 1);
+        __atomic_store_n(&vm->news, 1, __ATOMIC_RELEASE);
+    }
     lock_release(&vm->words);
 }
 
@@ -336,6 +341,23 @@ uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char
         lock_release(&block->lock);
     }
     return left;
+}
+
+void agent_give_up(struct memd_vm *vm, const char *reason)
+{
+    agent_stand_down(vm, AGENT_GAVE_UP, reason);
+    agent_say(vm, reason);
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        struct ram_block *block = &vm->ram.blocks[i];
+        lock_take(&block->reading);
+        lock_take(&block->lock);
+        if (block->live && block->counts[PLACE_SHARED] == 0 && block->captives == 0)
+            ram_forget(&vm->ram, block);
+        lock_release(&block->lock);
+        lock_release(&block->reading);
+    }
+    if (vm->ram_open)
+        uffd_unregister(vm->ram.guest_fd, vm->ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES);
 }
 
 int memd_get_status(struct memd_vm *vm, struct memd_status *ret_status)

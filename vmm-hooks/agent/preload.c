@@ -103,15 +103,16 @@ static void attach(void)
         __atomic_store_n(&preload.state, PRELOAD_FAILED, __ATOMIC_RELEASE);
         return;
     }
-    __atomic_store_n(&preload.state, PRELOAD_READY, __ATOMIC_RELEASE);
     if (preload.memory_locked)
-        agent_stand_down(preload.vm, AGENT_GAVE_UP, "the VMM locks its memory (mlockall)");
+        agent_give_up(preload.vm, "the VMM locks its memory (mlockall)");
+    __atomic_store_n(&preload.state, PRELOAD_READY, __ATOMIC_RELEASE);
 }
 
 /* 0: registered, the advice is ours. 1: not for us, ask the kernel. */
 static int announce(void *addr, size_t bytes)
 {
     struct memd_vm *vm;
+    int r;
 
     if (bytes < SMALLEST_BLOCK || (uintptr_t)addr % PAGE_BYTES || bytes % PAGE_BYTES)
         return 1;
@@ -119,7 +120,9 @@ static int announce(void *addr, size_t bytes)
     vm = agent();
     if (!vm || vm->setup_result < 0)
         return 1;
-    return memd_ram_add(vm, addr, bytes, MEMD_RAM_FRESH) < 0;
+    r = memd_ram_add(vm, addr, bytes, MEMD_RAM_FRESH);
+    /* QEMU announces the RAM of a memory backend twice. */
+    return r < 0 && r != -EEXIST;
 }
 
 /* ---- madvise ---- */
@@ -404,7 +407,7 @@ EXPORT int mlockall(int flags)
     struct memd_vm *vm = agent();
 
     if (vm)
-        agent_stand_down(vm, AGENT_GAVE_UP, "the VMM locks its memory (mlockall)");
+        agent_give_up(vm, "the VMM locks its memory (mlockall)");
     __atomic_store_n(&preload.memory_locked, 1, __ATOMIC_RELEASE);
     return (int)finish(sys_call1(SYS_mlockall, flags));
 }
@@ -462,7 +465,7 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
     } else if (request == VFIO_IOMMU_MAP_DMA || request == IOMMU_IOAS_MAP) {
         vm = agent();
         if (vm)
-            agent_stand_down(vm, AGENT_GAVE_UP, "the VMM gives its memory to a device (VFIO)");
+            agent_give_up(vm, "the VMM gives its memory to a device (VFIO)");
     }
     return (int)finish(sys_call3(SYS_ioctl, fd, request, argument));
 }

@@ -185,7 +185,7 @@ static void end_pass(struct memd_vm *vm)
     if (vm->merge.vmas_added > 0)
         count_vmas(vm);
     session_put(vm, RING_PASS, 0, vm->scanner.passes);
-    session_pass_end(vm);
+    session_send_stats(vm);
 }
 
 static bool may_scan(const struct memd_vm *vm)

@@ -245,7 +245,7 @@ int session_open(struct memd_vm *vm)
     scan_forget(&vm->scanner);
     vm->in_pass = false;
     vm->next_pass_ns = 0;
-    session_pass_end(vm);
+    session_send_stats(vm);
     return vm->rpc.fd >= 0 ? 0 : -EPIPE;
 }
 
@@ -309,7 +309,7 @@ static void detach(struct memd_vm *vm, const struct message_words *message)
         vm->detached = true;
         lose_store(vm);
     }
-    session_pass_end(vm);
+    session_send_stats(vm);
     send_plain(vm, MESSAGE_DETACHED);
     session_close(vm);
     vm->next_connect_ns = 0;
@@ -321,7 +321,7 @@ static void tune(struct memd_vm *vm, const struct message_tune *message)
     vm->cpu_permille = message->cpu_permille;
     vm->paused = message->flags & TUNE_PAUSE;
     if (message->flags & TUNE_REPORT)
-        session_pass_end(vm);
+        session_send_stats(vm);
 }
 
 static bool big_enough(const union rpc_message *message, size_t bytes)
@@ -400,7 +400,7 @@ static void answer_want(struct memd_vm *vm, const struct ring_entry *entry)
         lock_take(&block->reading);
         if (block->live && !block->resting && ram_place(block, index) == PLACE_PRIVATE) {
             memcpy(to, ram_address(block, index), PAGE_BYTES);
-            good = hash_page(&vm->scanner.secret, to) == entry->arg;
+            good = hash_tag(hash_page(&vm->scanner.secret, to)) == hash_tag(entry->arg);
         }
         lock_release(&block->reading);
     }
@@ -528,6 +528,8 @@ uint32_t session_turn(struct memd_vm *vm)
         session_report(vm);
         done += take_entries(vm);
     }
+    if (__atomic_load_n(&vm->news, __ATOMIC_ACQUIRE))
+        session_send_stats(vm);
     if (vm->rpc.fd >= 0)
         rpc_ring(&vm->rpc);
     return done;
@@ -609,11 +611,10 @@ static void fill_places(struct memd_vm *vm, struct message_stats *stats)
     }
 }
 
-void session_pass_end(struct memd_vm *vm)
+void session_send_stats(struct memd_vm *vm)
 {
     struct message_stats stats = {
         .header = {MESSAGE_STATS, sizeof(stats)},
-        .state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE),
         .passes = vm->scanner.passes,
         .merges = vm->merge.merges,
         .zero_merges = vm->scanner.zero_merges,
@@ -635,6 +636,8 @@ void session_pass_end(struct memd_vm *vm)
 
     if (vm->rpc.fd < 0)
         return;
+    __atomic_store_n(&vm->news, 0, __ATOMIC_RELEASE);
+    stats.state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE);
     session_report(vm);
     fill_places(vm, &stats);
     lock_take(&vm->words);

@@ -8,9 +8,9 @@
 #include "member.h"
 
 #define FROM_MAX      64U
-#define SPARSE_PART   4U   /* sparse: less than a quarter of the slots is used */
-#define SPARSE_ROUNDS 4U   /* and that many rounds have been published since */
-#define SMALL_COUNT   16U  /* so many segments below the smallest full size are too many */
+#define SPARSE_PART   4U  /* sparse: less than a quarter of the slots is used */
+#define SPARSE_ROUNDS 4U  /* and that many rounds have been published since */
+#define SMALL_COUNT   16U /* so many segments below the smallest full size are too many */
 #define PAUSE_NS      60000000000ULL /* between two compactions of a domain */
 #define WAIT_NS       2000000ULL     /* for answers, when as many REMAPs are out as may be */
 #define UNINDEX_STEP  1024U

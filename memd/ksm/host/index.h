@@ -27,10 +27,10 @@
 #define KSM_INDEX_SHARD_BITS 12
 #define KSM_INDEX_SHARDS     (1U << KSM_INDEX_SHARD_BITS)
 
-#define KSM_REF_NONE        UINT32_MAX
-#define KSM_REF_IS_SLOT(r)  ((r) >> 31)
-#define KSM_REF_OF_SLOT(s)  ((uint32_t)(s) | 1U << 31)
-#define KSM_REF_SLOT(r)     ((r) & ~(1U << 31))
+#define KSM_REF_NONE       UINT32_MAX
+#define KSM_REF_IS_SLOT(r) ((r) >> 31)
+#define KSM_REF_OF_SLOT(s) ((uint32_t)(s) | 1U << 31)
+#define KSM_REF_SLOT(r)    ((r) & ~(1U << 31))
 
 struct ksm_index_shard {
     uint32_t *entries;

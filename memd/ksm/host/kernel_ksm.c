@@ -12,11 +12,11 @@
 #include "procfs.h"
 #include "state.h"
 
-#define FOUND_FILE    "kernel-ksm.json"
-#define SLEEP_MS      20U
+#define FOUND_FILE     "kernel-ksm.json"
+#define SLEEP_MS       20U
 #define PAGES_AT_FIRST 1000U
-#define PAGES_LEAST   100U
-#define PAGES_MOST    100000U
+#define PAGES_LEAST    100U
+#define PAGES_MOST     100000U
 
 /* What is saved and put back, in the order in which it is put back: run last, when the rest is. */
 static const char *const settings[] = {"advisor_mode", "sleep_millisecs", "pages_to_scan",
@@ -130,8 +130,8 @@ void kernel_ksm_start(struct kernel_ksm *ksm, const char *sysfs, int state_dir,
     char text[64];
     int result;
 
-    *ksm = (struct kernel_ksm){.state_dir = state_dir, .cpu_percent = cpu_percent,
-                               .cpu_of = procfs_process_cpu_ns};
+    *ksm = (struct kernel_ksm){
+        .state_dir = state_dir, .cpu_percent = cpu_percent, .cpu_of = procfs_process_cpu_ns};
     snprintf(ksm->sysfs, sizeof(ksm->sysfs), "%s", sysfs);
     restore_found(ksm);
     result = read_setting(ksm, "run", text, sizeof(text));

@@ -19,17 +19,17 @@
 #define KERNEL_KSM_WORDS 160
 
 struct kernel_ksm {
-    char sysfs[128];     /* /sys/kernel/mm/ksm, or a test's */
+    char sysfs[128]; /* /sys/kernel/mm/ksm, or a test's */
     int state_dir;
     bool available;
     char reason[KERNEL_KSM_WORDS]; /* why not */
-    bool running;        /* our settings are in force */
+    bool running;                  /* our settings are in force */
     uint32_t guests;
     uint32_t cpu_percent;
     uint64_t pages_to_scan;
     pid_t ksmd;
     uint64_t ksmd_cpu_ns, looked_ns; /* at the last look */
-    uint64_t cpu_ns;     /* ksmd's, while the engine was on */
+    uint64_t cpu_ns;                 /* ksmd's, while the engine was on */
     /* ksmd's CPU time; tests have their own. */
     int (*cpu_of)(pid_t pid, uint64_t *ret_ns);
 };
@@ -49,7 +49,8 @@ struct kernel_ksm_figures {
     uint64_t pages_shared, pages_sharing, zero_pages;
 };
 struct kernel_ksm_figures kernel_ksm_figures(const struct kernel_ksm *ksm);
-/* Of one process: pages that ksmd merged, and zero pages it dropped. 0 where the kernel won't say. */
+/* Of one process: pages that ksmd merged, and zero pages it dropped. 0 where the kernel won't say.
+ */
 void kernel_ksm_of_process(pid_t pid, uint64_t *ret_merged_pages, uint64_t *ret_zero_pages);
 
 #endif

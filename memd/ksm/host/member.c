@@ -213,8 +213,7 @@ static void let_go(struct ksm_member *member, uint32_t page)
 
 int ksm_member_pages_gone(struct ksm_member *member, uint32_t first, uint32_t end)
 {
-    struct ksm_page_range *gone =
-        realloc(member->gone, (member->gone_count + 1) * sizeof(*gone));
+    struct ksm_page_range *gone = realloc(member->gone, (member->gone_count + 1) * sizeof(*gone));
 
     if (!gone)
         return -ENOMEM;
@@ -421,8 +420,7 @@ const char *ksm_member_check(const struct trust_domain *domain)
     if (users == MAP_FAILED)
         return "no address space for the check";
     census.users = users;
-    for (const struct ksm_member *member = domain->members; member && !wrong;
-         member = member->next)
+    for (const struct ksm_member *member = domain->members; member && !wrong; member = member->next)
         wrong = check_member(member, &census);
     if (!wrong)
         wrong = check_segments(domain, &census);

@@ -51,12 +51,12 @@ struct ksm_member {
     const struct ksm_member_ops *ops;
     void *agent;
     uint32_t id;
-    uint32_t pages;       /* page numbers below this are known */
-    uint32_t *chunks;     /* for each 2^15 pages the number of the domain's chunk */
+    uint32_t pages;   /* page numbers below this are known */
+    uint32_t *chunks; /* for each 2^15 pages the number of the domain's chunk */
     uint32_t chunk_count;
-    uint64_t *held;       /* bitmap: the segments that its agent has */
-    uint64_t shared;      /* pages in state SHARED */
-    uint64_t asked;       /* MERGEs and REMAPs that are not answered */
+    uint64_t *held;  /* bitmap: the segments that its agent has */
+    uint64_t shared; /* pages in state SHARED */
+    uint64_t asked;  /* MERGEs and REMAPs that are not answered */
     bool leaving;
     struct ksm_remap remaps[KSM_REMAPS_MAX];
     uint32_t remap_count;
@@ -132,8 +132,8 @@ static inline uint32_t ksm_ref_value(const struct trust_domain *domain, uint32_t
     return ksm_chunk_of(domain, ref)->values[ref & (KSM_CHUNK_PAGES - 1)];
 }
 
-static inline void ksm_ref_set(struct trust_domain *domain, uint32_t ref,
-                               enum ksm_page_state state, uint32_t value)
+static inline void ksm_ref_set(struct trust_domain *domain, uint32_t ref, enum ksm_page_state state,
+                               uint32_t value)
 {
     struct ksm_chunk *chunk = ksm_chunk_of(domain, ref);
     uint32_t at = ref & (KSM_CHUNK_PAGES - 1);

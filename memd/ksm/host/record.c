@@ -118,9 +118,8 @@ static int add_line(int fd, const char *line, int length)
 static int write_segment(int fd, const struct ksm_record_segment *segment)
 {
     char line[128];
-    int length =
-        snprintf(line, sizeof(line), "+ %" PRIu32 " %" PRIu32 " %" PRIu64 " %" PRIu64 "\n",
-                 segment->segment, segment->pages, segment->device, segment->inode);
+    int length = snprintf(line, sizeof(line), "+ %" PRIu32 " %" PRIu32 " %" PRIu64 " %" PRIu64 "\n",
+                          segment->segment, segment->pages, segment->device, segment->inode);
 
     return add_line(fd, line, length);
 }
@@ -133,13 +132,13 @@ static int rewrite(struct ksm_record *record, const char *boot_id, uint64_t sess
     int length, result;
 
     snprintf(fresh, sizeof(fresh), "%s.new", record->file);
-    record->fd = openat(record->dir, fresh, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC,
-                        0600);
+    record->fd =
+        openat(record->dir, fresh, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
     if (record->fd < 0)
         return -errno;
     write_hex(secret, text);
-    length = snprintf(line, sizeof(line), "memd-domain 1 %s %" PRIx64 " %s\n", boot_id, session,
-                      text);
+    length =
+        snprintf(line, sizeof(line), "memd-domain 1 %s %" PRIx64 " %s\n", boot_id, session, text);
     result = add_line(record->fd, line, length);
     for (size_t i = 0; i < record->segment_count && !result; i++)
         result = write_segment(record->fd, &record->segments[i]);

@@ -236,8 +236,8 @@ bool ksm_round_ask(struct trust_domain *domain, uint32_t source, uint32_t ref, u
     number = take_item(round);
     if (number == NOTHING)
         return false;
-    round->items[number] = (struct ksm_item){
-        .hash = hash, .source = source, .tag = tag, .first_waiter = NOTHING};
+    round->items[number] =
+        (struct ksm_item){.hash = hash, .source = source, .tag = tag, .first_waiter = NOTHING};
     if (!add_waiter(round, &round->items[number], ref))
         goto undo_item;
     if (!want(domain, number))
@@ -245,7 +245,8 @@ bool ksm_round_ask(struct trust_domain *domain, uint32_t source, uint32_t ref, u
     ksm_ref_set(domain, ref, PAGE_WAITING, tag);
     return true;
 undo_waiter:
-    (void)next_waiter(domain, &round->items[number]); /* not WAITING yet: only its record is freed */
+    (void)next_waiter(domain,
+                      &round->items[number]); /* not WAITING yet: only its record is freed */
 undo_item:
     free_item(round, number);
     return false;
@@ -355,8 +356,7 @@ static bool source_is_there(const struct trust_domain *domain, const struct ksm_
 {
     const struct ksm_member *member = ksm_chunk_of(domain, item->source)->member;
 
-    return member && !member->leaving &&
-           ksm_ref_state(domain, item->source) == PAGE_FILLED &&
+    return member && !member->leaving && ksm_ref_state(domain, item->source) == PAGE_FILLED &&
            ksm_ref_value(domain, item->source) == item->tag;
 }
 
@@ -422,9 +422,8 @@ static void fit_budget(struct trust_domain *domain)
 {
     struct ksm_round *round = &domain->round;
     struct ksm_budget *budget = domain->store.budget;
-    uint64_t room = budget->limit_pages > budget->used_pages
-                        ? budget->limit_pages - budget->used_pages
-                        : 0;
+    uint64_t room =
+        budget->limit_pages > budget->used_pages ? budget->limit_pages - budget->used_pages : 0;
 
     if (round->count <= room)
         return;

@@ -30,7 +30,7 @@ struct ksm_segment;
 
 #define KSM_ITEMS_MAX      (1U << 15) /* two segments of the largest size */
 #define KSM_WAITERS_MAX    (1U << 17)
-#define KSM_ROUND_SMALLEST 512U       /* pages of a domain's first segments: 2 MiB */
+#define KSM_ROUND_SMALLEST 512U /* pages of a domain's first segments: 2 MiB */
 
 enum ksm_item_state { ITEM_FREE, ITEM_ASKED, ITEM_FILLED, ITEM_SEALING };
 
@@ -59,7 +59,7 @@ struct ksm_round {
     uint32_t asked, filled;
     uint32_t capacity; /* pages of the next full segment */
     uint64_t first_filled_ns, last_filled_ns;
-    bool hurry;        /* a pass has ended: nothing more will come for a while */
+    bool hurry; /* a pass has ended: nothing more will come for a while */
     struct loop_timer timer;
 
     /* What is being sealed. */

@@ -46,9 +46,9 @@ struct ksm_segment {
     enum ksm_segment_state state;
     uint64_t device, inode;
     uint32_t users, used;
-    uint32_t holders;  /* agents that have its descriptor */
-    uint32_t indexed;  /* its first slots that are in the index */
-    uint64_t age;      /* the store's count of published segments when this one was */
+    uint32_t holders; /* agents that have its descriptor */
+    uint32_t indexed; /* its first slots that are in the index */
+    uint64_t age;     /* the store's count of published segments when this one was */
     uint32_t *tags;
     uint16_t *users_of;
     bool pinned;     /* at work on it: not retired, whatever its users */

@@ -14,11 +14,11 @@
 #include "member.h"
 #include "neutral.h"
 
-#define NS_PER_S         1000000000ULL
-#define UNINDEX_STEP     1024U /* slots */
-#define REHASH_STEP      64U   /* slots */
-#define SWEEP_STEP       4096U /* pages */
-#define SWEEP_PAUSE_NS   (5 * NS_PER_S)
+#define NS_PER_S       1000000000ULL
+#define UNINDEX_STEP   1024U /* slots */
+#define REHASH_STEP    64U   /* slots */
+#define SWEEP_STEP     4096U /* pages */
+#define SWEEP_PAUSE_NS (5 * NS_PER_S)
 
 static bool step_retiring(struct loop_task *task);
 static bool step_rehashing(struct loop_task *task);
@@ -158,8 +158,8 @@ int trust_domain_take_back(struct trust_domain *domain, uint32_t id, uint32_t pa
                    : -EPERM;
     if (!recorded || recorded->pages != pages)
         return -EPERM;
-    result = ksm_store_adopt(&domain->store, id, pages, recorded->device, recorded->inode, fd,
-                             &segment);
+    result =
+        ksm_store_adopt(&domain->store, id, pages, recorded->device, recorded->inode, fd, &segment);
     if (result)
         return result;
     domain->ops->park(domain->owner, domain, id, fd);
@@ -202,8 +202,9 @@ static bool step_rehashing(struct loop_task *task)
         if (rehash(domain, segment)) {
             /* Who shares it goes on; nobody new will. */
             segment->state = SEGMENT_SPARSE;
-            log_warning("domain '%s': segment %u can't be read again, nothing new is shared with it",
-                        domain->name, segment->id);
+            log_warning(
+                "domain '%s': segment %u can't be read again, nothing new is shared with it",
+                domain->name, segment->id);
             return true;
         }
     }
@@ -269,8 +270,7 @@ static bool may_retire(const struct trust_domain *domain, const struct ksm_segme
         return true;
     if (segment->state != SEGMENT_LIVE && segment->state != SEGMENT_SPARSE)
         return false;
-    return !segment->users && !segment->pinned &&
-           loop_now(domain->loop) >= domain->settled_ns;
+    return !segment->users && !segment->pinned && loop_now(domain->loop) >= domain->settled_ns;
 }
 
 static bool step_retiring(struct loop_task *task)

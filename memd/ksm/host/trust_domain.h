@@ -61,12 +61,13 @@ struct ksm_counters {
     uint64_t offers, ignored_offers, not_neutral;
     uint64_t wants, stale, timeouts;
     uint64_t merges_asked, merged, not_merged, broken;
-    uint64_t missed;    /* matches that found no room in the round */
+    uint64_t missed; /* matches that found no room in the round */
     uint64_t remaps;
 };
 
 struct trust_domain {
-    char name[TRUST_DOMAIN_NAME_BYTES]; /* the configured name, or "~" and what names one guest for good */
+    char name[TRUST_DOMAIN_NAME_BYTES]; /* the configured name, or "~" and what names one guest for
+                                           good */
     bool own;                           /* of one guest alone */
     uint64_t session;
     struct hash_secret secret;
@@ -85,8 +86,8 @@ struct trust_domain {
     uint32_t member_count, next_member_id;
 
     struct loop_task retire_task, rehash_task, sweep_task;
-    struct ksm_compact *compact; /* NULL: none is going on */
-    struct loop_timer second; /* looks once a second for a sweep or a compaction to do */
+    struct ksm_compact *compact;       /* NULL: none is going on */
+    struct loop_timer second;          /* looks once a second for a sweep or a compaction to do */
     uint32_t sweep_member, sweep_page; /* where the sweep stands */
     uint64_t swept_ns;                 /* when the last one ended */
     uint64_t settled_ns; /* until then segments without users wait for agents that come back */
@@ -102,8 +103,8 @@ struct trust_domain_setup {
     struct ksm_budget *budget;
     const struct trust_domain_ops *ops;
     void *owner;
-    int record_dir;      /* the directory for records; -1: nothing is kept */
-    uint64_t settle_ns;  /* how long after the start recorded segments wait for their agents */
+    int record_dir;     /* the directory for records; -1: nothing is kept */
+    uint64_t settle_ns; /* how long after the start recorded segments wait for their agents */
 };
 
 /* A domain with this name; takes back session and secret when there is a record of this boot. */

@@ -15,7 +15,7 @@
 struct ledger_account {
     uint64_t max_bytes, min_bytes; /* promised, guaranteed */
     uint32_t shares;
-    uint64_t managed_pages;        /* of all RAM blocks that are managed now */
+    uint64_t managed_pages; /* of all RAM blocks that are managed now */
     uint64_t places[PLACE_COUNT];
     bool mismatch; /* the latest statement did not sum */
     struct ledger_account *next, **place;

@@ -11,10 +11,9 @@
 """
 import time
 
-from kit import ram
+from kit import memory, ram
 from kit.figure import Row, as_ratio, in_turn, median, say, text
-from kit.fleet import KERNEL_WORDS, LOAD_DUTY, SAMPLE_S, UNDER_LOAD, regions
-from kit.memory import baseline, ksmd_memory, memd_memory
+from kit.fleet import LOAD_DUTY, SAMPLE_S, UNDER_LOAD, regions
 from kit.procs import CpuSum, thread_system_time
 
 FIGURES = ("rest_sharing", "cpu_to_95", "cpu_at_rest", "memory_per_page")
@@ -30,22 +29,26 @@ REST_S = 60
 def measure(machine, options, names, run):
     lives = {}
     for engine in in_turn(run):
-        say(f"{options.guests} guests of {options.memory} under {engine} boot")
+        say(f"{options.guests} guests of {options.memory} boot, for {engine}")
         with machine.fleet(engine) as fleet:
             lives[engine] = live(fleet, options, names)
-    return {name: {engine: life[name] for engine, life in lives.items()} for name in names}
+    found = {name: {engine: life[name] for engine, life in lives.items()} for name in names}
+    if "memory_per_page" in found:
+        found["memory_per_page"]["per_page"] = memory.per_page(
+            lives["memd"]["memory_per_page"], lives["ksmd"]["memory_per_page"], lives["ksmd"]["before"])
+    return found
 
 
 def live(fleet, options, names):
     fleet.boot(options.guests, options.memory, regions(options.memory, UNDER_LOAD, duty=LOAD_DUTY))
     fleet.wait_filled()
-    found = {"memory_per_page": {"before": baseline(fleet)}}
+    found = {"before": memory.medians(fleet.guests)}
     if "cpu_to_95" in names:
         found["cpu_to_95"] = to_95(fleet)
     else:
         fleet.start()
     if AT_REST & set(names):
-        at_rest(fleet, names, found)
+        found.update(at_rest(fleet))
     fleet.lab.report_all()
     return found
 
@@ -90,11 +93,8 @@ def race(fleet, wanted, control_rate):
     """Starts the engine and watches it until enough is saved or the time is over. The CPU is that
     of the first look that finds enough: never too little."""
     start, own = time.monotonic(), system_time(fleet)
+    cpu = fleet.start()
     samples = []
-    if fleet.name == "memd":
-        agents = fleet.agents_cpu()
-    fleet.start()
-    cpu = fleet.engine_cpu() if fleet.name == "ksmd" else {**fleet.daemon_cpu(), **agents}
     while True:
         saved, seconds = fleet.saved_pages(), time.monotonic() - start
         parts = {part: used.seconds() for part, used in cpu.items()}
@@ -105,3 +105,75 @@ def race(fleet, wanted, control_rate):
         time.sleep(SAMPLE_S)
     return {"reached": saved >= wanted, "seconds": seconds, "saved_pages": saved, **parts,
             "cpu_s": sum(parts.values()), "samples": samples}
+
+
+# ---- at rest ----
+
+def at_rest(fleet):
+    fleet.pause_guests()
+    settled_s = fleet.wait_settled()
+    fleet.look_at_blocks()
+    say(f"the guests write no more; sharing settled in {settled_s:.0f} s; two dumps")
+    first, second = two_dumps(fleet, lambda: fleet.slow_down(PASS_S))
+    saved = fleet.saved_pages()
+    say(f"{REST_S} s at rest")
+    cpu = fleet.engine_cpu()
+    rest_s, pass_s = fleet.rest(REST_S)
+    parts = {part: used.seconds() for part, used in cpu.items()}
+    used = memory.memd_memory if fleet.name == "memd" else memory.ksmd_memory
+    memory_used = used(fleet)
+    can = ram.shareable(first, second)
+    part = saved / can["shareable_pages"]
+    say(f"{100 * part:.2f} % of what can be saved is; {100 * sum(parts.values()) / rest_s:.3f} % of a core")
+    return {"rest_sharing": {"saved_pages": saved, "part": part, **can},
+            "cpu_at_rest": {"rest_s": rest_s, "pass_s": pass_s, **parts,
+                            # of one core, were a pass exactly PASS_S long
+                            "cpu_part": sum(parts.values()) / rest_s * pass_s / PASS_S},
+            "memory_per_page": memory_used}
+
+
+# ---- the table ----
+
+def rows(name, runs):
+    return {"rest_sharing": sharing_rows, "cpu_to_95": race_rows, "cpu_at_rest": rest_rows,
+            "memory_per_page": memory_rows}[name](runs)
+
+
+def sharing_rows(runs):
+    memd, ksmd = (median(runs, engine, "part") for engine in ("memd", "ksmd"))
+    cells = [text(value and 100 * value, "{:.1f} %") for value in (memd, ksmd, memd)]
+    return [Row("sharing found at rest, of what `analyze` counts over pages that were equal in two "
+                "dumps 30 s apart", *cells, "95 %", "99 %")]
+
+
+def race_words(runs, engine):
+    """The median, and how often it was not reached at all (its CPU then counts as it is)."""
+    missed = sum(not run[engine]["reached"] for run in runs)
+    words = text(median(runs, engine, "cpu_s"), "{:.2f} s")
+    return words + (f" (not reached in {missed} of {len(runs)} runs)" if missed else "")
+
+
+def race_rows(runs):
+    cpu = [median(runs, engine, "cpu_s") for engine in ("memd", "ksmd")]
+    guests = "guests under load"
+    return [Row(f"CPU to 95 % of that, {guests} (engine and the guests' extra fault time)",
+                race_words(runs, "memd"), race_words(runs, "ksmd"), as_ratio(*cpu), "1 : 2", "1 : 4"),
+            Row("- seconds until then", *(text(median(runs, engine, "seconds"), "{:.1f} s")
+                                          for engine in ("memd", "ksmd")))]
+
+
+def rest_rows(runs):
+    cpu = [median(runs, engine, "cpu_part") for engine in ("memd", "ksmd")]
+    return [Row("CPU at rest, a pass every 10 s, of one core",
+                *(text(value and 100 * value, "{:.3f} %") for value in cpu), as_ratio(*cpu),
+                "1 : 20", "1 : 100")]
+
+
+def memory_rows(runs):
+    def cells(part):
+        return [text(median(runs, "per_page", f"{engine}_{part}"), "{:.1f} bytes")
+                for engine in ("memd", "ksmd")]
+    return [Row("user memory for each watched page, store aside (ksmd: kernel memory)", *cells("bytes"),
+                cells("bytes")[0], "24 bytes", "16 bytes"),
+            Row("- VMAs, of 200 bytes", *cells("vma_bytes")),
+            Row("- page tables", *cells("page_table_bytes"))]

@@ -50,7 +50,7 @@ class Fleet:
         raise NotImplementedError
 
     def start(self):
-        """The engine runs, as fast as it may."""
+        """The engine runs, as fast as it may. Returns engine_cpu() from that moment on."""
         raise NotImplementedError
 
     def slow_down(self, pass_s):
@@ -65,6 +65,12 @@ class Fleet:
         """{part: CpuSum}: the engine's CPU time from now on, by who uses it."""
         raise NotImplementedError
 
+    def rest(self, seconds):
+        """Lets time pass, at least so much, and asks the engine nothing; starts and ends where a
+        pass ends if the engine has passes of its own. Returns how long it was, and how long a pass
+        took."""
+        raise NotImplementedError
+
     def stop(self):
         """The engine is off, and what was set in the kernel for it is as before."""
 
@@ -76,6 +82,11 @@ class Fleet:
     def pids(self):
         return [guest.pid for guest in self.guests]
 
+    def look_at_blocks(self):
+        """Sets every guest's blocks: its RAM as its engine sees it now."""
+        for guest in self.guests:
+            guest.blocks = ram.mergeable_blocks(guest.pid)
+
     def own_threads(self):
         """The guests' threads, without an agent's: [(pid, tid)]"""
         return [(pid, tid) for pid in self.pids()
@@ -84,7 +95,8 @@ class Fleet:
     def pause_guests(self):
         """From now on the guests verify their memory and write nothing."""
         for guest, tag in [(guest, guest.ask("pause")) for guest in self.guests]:
-            guest.await_answer(tag, "paused")
+            guest.console.wait(f"{guest.name} to pause",
+                               lambda line, tag=tag: line.endswith(f"paused tag={tag}"), 180)
 
     def wait_settled(self, quiet_s=6, gain=0.005, limit_s=120):
         """Until the gain of the last quiet_s seconds was small."""
@@ -112,26 +124,34 @@ class MemdFleet(Fleet):
                                                     seed=number, append=KERNEL_WORDS,
                                                     **content))
         self.lab.wait_connected(*(guest.name for guest in self.guests))
-        for guest in self.guests:
-            self._take_blocks(guest, machine.as_bytes(memory))
+        self._wait_managed(machine.as_bytes(memory))
         self.lab.memd.terminate()
         self.lab.memd.wait(30)
 
-    def _take_blocks(self, guest, memory_bytes):
-        def blocks():
-            managed = [block for block in self.lab.guest_status(guest.name)["blocks"]
-                       if block["managed"]]
-            found = [(block["hva"], block["hva"] + block["pages"] * PAGE) for block in managed]
-            return found if sum(end - start for start, end in found) >= memory_bytes else None
+    def look_at_blocks(self):
+        """The blocks that memd manages. A VMM announces them one after the other, and some may
+        grow while its guest boots."""
+        for guest in self.guests:
+            guest.blocks = [(block["hva"], block["hva"] + block["pages"] * PAGE)
+                            for block in self.lab.guest_status(guest.name)["blocks"]
+                            if block["managed"]]
+
+    def _wait_managed(self, memory_bytes):
+        def all_of_them():
+            self.look_at_blocks()
+            return all(sum(end - start for start, end in guest.blocks) >= memory_bytes
+                       for guest in self.guests)
         try:
-            guest.blocks = wait_for("its RAM to be managed", blocks, 20)
+            wait_for("their RAM to be managed", all_of_them, 30)
         except Failure:
-            status = self.lab.guest_status(guest.name)
-            raise Failure(f"{guest.name}: its RAM is not managed by memd: {status['reason']!r}, "
-                          f"{status['blocks']}") from None
+            whole = self.lab.guest_status(self.guests[0].name)
+            raise Failure(f"memd does not manage the guests' RAM: {whole['reason']!r}, "
+                          f"{whole['blocks']}") from None
 
     def start(self):
+        agents = procs.CpuSum(self._agents)
         self.lab.start_memd()
+        return {"daemon_s": procs.CpuSum(self._daemon, from_zero=True), "agents_s": agents}
 
     def slow_down(self, pass_s):
         self.tuning = {**self.tuning, "revisit_s": pass_s}
@@ -141,15 +161,20 @@ class MemdFleet(Fleet):
         sharing = self.lab.sharing()
         return sharing["pages_sharing"] + sharing["zero_pages"]
 
-    def engine_cpu(self):
-        def agents():
-            return [(pid, tid) for pid in self.pids() for tid in procs.agent_threads(pid)]
+    def _agents(self):
+        return [(pid, tid) for pid in self.pids() for tid in procs.agent_threads(pid)]
 
-        def daemon():
-            memd = self.lab.memd.pid
-            return [(memd, tid)
-                    for tid in set(procs.threads(memd)) - set(procs.status_readers(memd))]
-        return {"daemon_s": procs.CpuSum(daemon), "agents_s": procs.CpuSum(agents)}
+    def _daemon(self):
+        memd = self.lab.memd.pid
+        return [(memd, tid) for tid in set(procs.threads(memd)) - set(procs.status_readers(memd))]
+
+    def engine_cpu(self):
+        return {"daemon_s": procs.CpuSum(self._daemon), "agents_s": procs.CpuSum(self._agents)}
+
+    def rest(self, seconds):
+        start = time.monotonic()
+        time.sleep(seconds)
+        return time.monotonic() - start, self.tuning["revisit_s"]
 
 
 class KsmdFleet(Fleet):
@@ -167,11 +192,12 @@ class KsmdFleet(Fleet):
 
     def wait_filled(self):
         super().wait_filled()
-        for guest in self.guests:
-            guest.blocks = ram.mergeable_blocks(guest.pid)
+        self.look_at_blocks()
 
     def start(self):
+        cpu = self.engine_cpu()
         self.ksmd.start(FULL_SPEED)
+        return cpu
 
     def slow_down(self, pass_s):
         pages = sum(end - start for guest in self.guests for start, end in guest.blocks) // PAGE
@@ -186,12 +212,19 @@ class KsmdFleet(Fleet):
         thread = procs.kernel_thread("ksmd")
         return {"ksmd_s": procs.CpuSum(lambda: [(thread, thread)])}
 
+    def rest(self, seconds):
+        start, passes = time.monotonic(), 0
+        while time.monotonic() - start < seconds:
+            self.ksmd.wait_pass()
+            passes += 1
+        return time.monotonic() - start, (time.monotonic() - start) / passes
+
     def stop(self):
         self.ksmd.stop()
 
 
 class Machine:
-    """Fleets, and kernel KSM, which is opened when the first figure needs it."""
+    """Where fleets come from, and kernel KSM, which is opened when the first figure needs it."""
 
     def __init__(self):
         self._stack = contextlib.ExitStack()
@@ -208,6 +241,10 @@ class Machine:
             self._ksmd = Ksmd()
             self._stack.callback(self._ksmd.close)
         return self._ksmd
+
+    @staticmethod
+    def lab():
+        return Lab()
 
     @contextlib.contextmanager
     def fleet(self, name):

@@ -80,13 +80,13 @@ def kernel_thread(name):
 
 
 class CpuSum:
-    """The CPU time of a changing set of threads since this was made. What a thread used that came
-    and went between two looks is lost."""
+    """The CPU time of a changing set of threads since this was made (from_zero: since they were).
+    What a thread used that came and went between two looks is lost."""
 
-    def __init__(self, list_threads, read_thread=thread_cpu):
+    def __init__(self, list_threads, read_thread=thread_cpu, from_zero=False):
         self._list = list_threads
         self._read = read_thread
-        self._first = {key: read_thread(*key) for key in list_threads()}
+        self._first = {} if from_zero else {key: read_thread(*key) for key in list_threads()}
         self._last = dict(self._first)
 
     def seconds(self):

@@ -29,6 +29,13 @@ def mergeable_blocks(pid, least=1 << 20):
             if "mg" in vma.flags and vma.end - vma.start >= least]
 
 
+def largest_block(pid):
+    """The largest writable anonymous mapping: guest RAM where nobody announced any."""
+    vmas = [vma for vma in procs.maps(pid) if vma.inode == 0 and vma.rights == "rw-p"]
+    largest = max(vmas, key=lambda vma: vma.end - vma.start)
+    return [(largest.start, largest.end)]
+
+
 # ---- dumps ----
 
 class Dump:
@@ -154,7 +161,7 @@ def huge_pages(pid, blocks):
     return found
 
 
-def hot_blocks(blocks, first, second, share):
+def hot_pieces(blocks, first, second, share):
     """Addresses of the 2 MiB pieces of which at least `share` of the pages differ in two dumps."""
     hot = set()
     with open(first.path, "rb") as one, open(second.path, "rb") as other:

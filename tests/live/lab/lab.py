@@ -29,6 +29,7 @@ class Lab:
         self.keep = False
         self._outlive = outlive
         self._processes = []
+        machine.needs_build()
         self._files = machine.guest_files()
         self.accelerator = machine.accelerator(self._files)
 
@@ -55,19 +56,16 @@ class Lab:
 
     # ---- processes ----
 
-    def spawn(self, command, log, uid=None, env=None, over=None):
+    def spawn(self, command, log, over=None):
         """Starts a program that dies with us (unless it is to outlive us); its words go to `log`.
-        uid: run it as that user and group. over: {'/proc/...': 'text'}, files that only this
-        program sees with another content (a mount namespace of its own)."""
+        over: {'/proc/...': 'text'}, files that only this program sees with another content (a mount
+        namespace of its own)."""
         wrapper = self._covering(over) if over else []
-        if uid is not None:
-            wrapper += ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
         if not self._outlive:
             wrapper += ["setpriv", "--pdeathsig", "KILL"]
         with open(os.path.join(self.directory, log), "a") as out:
             process = subprocess.Popen(wrapper + command, stdin=subprocess.DEVNULL, stdout=out,
-                                       stderr=out, env={**os.environ, **(env or {})},
-                                       start_new_session=True)
+                                       stderr=out, start_new_session=True)
         self._processes.append(process)
         return process
 
@@ -82,14 +80,15 @@ class Lab:
             script += f"mount --bind {mine} {path} && "
         return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script + 'exec "$@"', "-"]
 
-    def stage(self):
-        """Programs, agent and guest where any user can read them (the checkout may be private)."""
-        place = os.path.join(self.directory, "stage")
+    def stage(self, agent="libmemd-preload.so"):
+        """Programs, agent and guest where any user can read them (the checkout may be private), and
+        with any of the build's agents in the place of the real one. Returns the directory."""
+        place = os.path.join(self.directory, "stage-" + agent)
         if not os.path.isdir(place):
-            shutil.copytree(os.path.join(machine.build_dir(), "bin"), place + "/bin")
-            shutil.copytree(os.path.join(machine.build_dir(), "lib"), place + "/lib",
-                            ignore=shutil.ignore_patterns("*.a"))
+            os.makedirs(place + "/lib")
             os.makedirs(place + "/guest")
+            shutil.copytree(os.path.join(machine.build_dir(), "bin"), place + "/bin")
+            shutil.copy(machine.library(agent), place + "/lib/libmemd-preload.so")
             for name in ("vmlinuz", "initramfs"):
                 shutil.copy(os.path.join(self._files, name), place + "/guest")
                 os.chmod(f"{place}/guest/{name}", 0o644)
@@ -159,38 +158,49 @@ class Lab:
     def guest_status(self, name):
         return self.get(f"/v1/guests/{name}")
 
-    def memctl(self, *words, env=None):
+    def memctl(self, *words):
         """(exit status, standard output, standard error)"""
         done = subprocess.run([machine.program("memctl"), "--socket", self.socket, *words],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True, timeout=120,
-                              env={**os.environ, **(env or {})})
+                              stderr=subprocess.PIPE, text=True, timeout=120)
         return done.returncode, done.stdout, done.stderr
 
     # ---- guests ----
 
     def start_guest(self, name, memory="192M", domain=None, plain=False, devices=(), append="",
-                    run_options=(), uid=None, env=None, over=None, seed=None, initramfs=None,
+                    run_options=(), uid=None, agent=None, over=None, seed=None, initramfs=None,
                     **regions):
-        """Boots a guest under `memctl run` (or, when plain, without memd at all). regions: sizes
-        for the workload (common="64M"), and its options (duty=20). Returns at once."""
+        """Boots a guest under `memctl run` (or, when plain, without memd at all). agent: another one
+        of the build. uid: the VMM gives up root for it after registration, as under libvirt.
+        regions: sizes for the workload (common="64M"), and its options (duty=20). Returns at once."""
         regions["seed"] = seed if seed is not None else len(self.guests) + 1
         directory, files, memctl = self.directory, self._files, machine.program("memctl")
+        as_user = []
+        if agent:
+            memctl = self.stage(agent) + "/bin/memctl"
         if uid is not None:
             files, memctl = self.stage() + "/guest", self.stage() + "/bin/memctl"
-            directory = os.path.join(self.directory, f"of-{uid}")
-            os.makedirs(directory, exist_ok=True)
-            os.chown(directory, uid, uid)
-        command = qemu_command(files + "/vmlinuz", initramfs or files + "/initramfs",
-                               self.accelerator, name, directory, memory,
-                               f"{memory_options(regions)} {append}", list(devices))
+            directory = self._directory_of(uid)
+            as_user = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups",
+                       "--pdeathsig", "KILL"]
+        command = as_user + qemu_command(
+            files + "/vmlinuz", initramfs or files + "/initramfs", self.accelerator, name, directory,
+            memory, f"{memory_options(regions)} {append}", list(devices))
         if not plain:
             options = ["--name", name, *(["--domain", domain] if domain else []), *run_options]
+            if uid is not None:  # memctl sees setpriv, not QEMU: it can't read the RAM's size
+                options += ["--max", memory]
             command = [memctl, "--socket", self.socket, "run", *options, "--", *command]
-        process = self.spawn(command, f"{name}.stderr", uid, env, over)
+        process = self.spawn(command, f"{name}.stderr", over)
         guest = Guest(name, process, directory, os.path.join(self.directory, f"{name}.stderr"))
         self.guests[name] = guest
         return guest
+
+    def _directory_of(self, uid):
+        directory = os.path.join(self.directory, f"of-{uid}")
+        os.makedirs(directory, exist_ok=True)
+        os.chown(directory, uid, uid)
+        return directory
 
     def wait_connected(self, *names, seconds=120):
         def connected():

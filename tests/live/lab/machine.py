@@ -21,6 +21,15 @@ def program(name):
     return os.path.join(build_dir(), "bin", name)
 
 
+def library(name="libmemd-preload.so"):
+    return os.path.join(build_dir(), "lib", name)
+
+
+def needs_build():
+    if not os.path.exists(program("memd")):
+        raise SystemExit(f"nothing is built in {build_dir()}: tests/support/build check")
+
+
 def guest_files():
     """The directory with vmlinuz and initramfs; made on the first call."""
     made = subprocess.run([os.path.join(ROOT, "tests/guest/make")], stdout=subprocess.PIPE, text=True)

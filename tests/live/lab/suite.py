@@ -41,8 +41,8 @@ def live_test(needs=(), limit_minutes=5, full_minutes=None):
 def needs_agent():
     if machine.agent_obstacle():
         raise Skip(machine.agent_obstacle())
-    if not os.path.exists(preload_library()):
-        raise Skip(f"no {preload_library()}: the agent was not built")
+    if not os.path.exists(machine.library()):
+        raise Skip(f"no {machine.library()}: the agent was not built")
 
 
 def needs_kernel_engine():
@@ -51,10 +51,6 @@ def needs_kernel_engine():
 
 
 _NEEDS = {AGENT: needs_agent, KERNEL_ENGINE: needs_kernel_engine}
-
-
-def preload_library(variant=""):
-    return os.path.join(machine.build_dir(), "lib", f"libmemd-preload{variant}.so")
 
 
 def short_or_full(short, full):
