@@ -110,7 +110,7 @@ uint64_t procfs_number_in(const char *text, const char *name)
 
 int procfs_field(const char *path, const char *name, uint64_t *ret_value)
 {
-    char text[4096];
+    char text[4096] = "";
     int result = read_text(path, text, sizeof(text));
 
     if (!result)

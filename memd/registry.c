@@ -659,12 +659,12 @@ int registry_start(struct daemon *daemon)
 
 void registry_stop(struct daemon *daemon)
 {
-    while (daemon->registry.first) {
-        struct guest *guest = daemon->registry.first;
-
+    for (struct guest *guest = daemon->registry.first, *next; guest; guest = next) {
+        next = guest->next;
         take_apart(guest);
         free(guest);
     }
+    daemon->registry.first = NULL;
     json_decref(daemon->registry.wishes);
     daemon->registry.wishes = NULL;
 }

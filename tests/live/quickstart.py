@@ -239,10 +239,11 @@ def check_resident(show):
 
 
 def check_saved(show):
-    """What memd says it saved is what the kernel says is gone."""
+    """What memd says it saved is what the kernel says is gone. With kernel KSM more may be gone:
+    pages of zeros that the kernel drops when it splits a huge page are counted nowhere."""
     saved = show.status["sharing"]["saved_bytes"]
     less = show.before_bytes - show.after_bytes
-    if not close_to(saved, less):
+    if not close_to(saved, less) and not (show.engine == "kernel" and less > saved):
         raise Failure(f"memd says {mib(saved)} MiB are saved, the kernel counts {mib(less)} MiB less")
 
 
@@ -252,7 +253,8 @@ def check_truth(show):
         checks.append(check_places)
     for check in checks:
         check(show)
-    show.say("true: the places sum, the parts make the savings, and the kernel counts the same")
+    places = "the places sum, " if show.engine == "agent" else ""
+    show.say(f"true: {places}the parts make the savings, and the kernel counts what memd counts")
 
 
 STEPS = [say_where, choose_engine, start_memd, boot_guests, measure_before, start_sharing,

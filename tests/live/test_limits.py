@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something is full, missing or not allowed: a clear word, and a guest that runs on."""
 import os
+import subprocess
 
 from lab import Failure, Lab, PAGE, Skip, machine, wait_for
 from lab.suite import AGENT, live_test
@@ -154,6 +155,19 @@ def run_statuses_say_who_failed():
             status, said = end_of_run(lab, *words)
             if status != wanted:
                 raise Failure(f"memctl run {' '.join(words)}: {status} instead of {wanted}: {said}")
+
+
+@live_test()
+def user_without_rights_starts_nothing():
+    with Lab() as lab:
+        lab.start_memd()
+        mark = os.path.join(lab.directory, "of-nobody")
+        memctl = lab.stage() + "/bin/memctl"
+        done = subprocess.run(["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY),
+                               "--clear-groups", memctl, "--socket", lab.socket, "run", "--name",
+                               "sly", "--max", "64M", "--", "touch", mark], stderr=subprocess.PIPE)
+        if done.returncode != 4 or os.path.exists(mark) or lab.status()["guests"]:
+            raise Failure(f"memctl run of a stranger ended with {done.returncode}: {done.stderr}")
 
 
 @live_test()

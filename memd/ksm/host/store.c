@@ -27,8 +27,10 @@ void ksm_store_stop(struct ksm_store *store)
 {
     if (!store->by_id)
         return;
-    while (store->first)
-        ksm_store_close(store, store->first);
+    for (struct ksm_segment *segment = store->first, *next; segment; segment = next) {
+        next = segment->next;
+        ksm_store_close(store, segment);
+    }
     munmap(store->by_id, sizeof(struct ksm_segment *) * SEGMENTS_MAX);
     store->by_id = NULL;
 }

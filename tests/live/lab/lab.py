@@ -45,6 +45,7 @@ class Lab:
         """Ends what was started. The logs stay behind when something failed."""
         if self.keep:
             return
+        self._stop_memd()
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.kill()
@@ -54,15 +55,25 @@ class Lab:
         if not self.failed:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    def _stop_memd(self):
+        """In good order: it has the kernel's own KSM to put back as it found it."""
+        if self.memd and self.memd.poll() is None:
+            self.memd.terminate()
+            try:
+                self.memd.wait(10)
+            except subprocess.TimeoutExpired:
+                pass  # killed with the others
+
     # ---- processes ----
 
-    def spawn(self, command, log, over=None):
+    def spawn(self, command, log, over=None, death="KILL"):
         """Starts a program that dies with us (unless it is to outlive us); its words go to `log`.
+        death: the signal that it gets when we are gone without having ended it.
         over: {'/proc/...': 'text'}, files that only this program sees with another content (a mount
         namespace of its own)."""
         wrapper = self._covering(over) if over else []
         if not self._outlive:
-            wrapper += ["setpriv", "--pdeathsig", "KILL"]
+            wrapper += ["setpriv", "--pdeathsig", death]
         with open(os.path.join(self.directory, log), "a") as out:
             process = subprocess.Popen(wrapper + command, stdin=subprocess.DEVNULL, stdout=out,
                                        stderr=out, start_new_session=True)
@@ -123,7 +134,7 @@ class Lab:
             self.write_config(sections or {}, domains or {})
         os.makedirs(os.path.join(self.directory, "state"), exist_ok=True)
         self.memd = self.spawn([machine.program("memd"), "--config", self.config, "--foreground"],
-                               "memd.log", over=over)
+                               "memd.log", over=over, death="TERM")
         wait_for("memd to answer", self._memd_answers, 30, 0.05)
         return self.memd
 
