@@ -73,9 +73,11 @@ struct broken_queue {
 
 struct chunk {
     uint8_t state;
-    uint8_t judged;     /* how often it was sampled since it became huge, up to 255 */
-    uint8_t backoff;    /* hot: passes to skip before it is sampled again */
-    uint8_t hot_passes; /* armed: passes in a row in which nearly all of it was written */
+    uint8_t sampled;     /* huge: there are samples to compare with */
+    uint8_t backoff;     /* hot: passes to skip before it is looked at again */
+    uint8_t hot_passes;  /* armed: passes in a row in which nearly all of it was written; huge:
+                            the last backoff */
+    uint32_t changed_ms; /* huge: when the samples last were not what they had been */
     uint32_t samples[CHUNK_SAMPLES];
 };
 

@@ -253,8 +253,8 @@ def check_truth(show):
         checks.append(check_places)
     for check in checks:
         check(show)
-    places = "the places sum, " if show.engine == "agent" else ""
-    show.say(f"true: {places}the parts make the savings, and the kernel counts what memd counts")
+    agent, kernel = ("the places sum, ", "the same") if show.engine == "agent" else ("", "no less")
+    show.say(f"true: {agent}the parts make the savings, and the kernel counts {kernel}")
 
 
 STEPS = [say_where, choose_engine, start_memd, boot_guests, measure_before, start_sharing,

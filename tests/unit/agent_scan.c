@@ -57,6 +57,7 @@ static void set_up_memory(int advice)
     scanner.ram = &ram;
     memset(&scanner.secret, 0x5a, sizeof(scanner.secret));
     scanner.sink = (struct scan_sink){.offer = take_offer, .may_freeze = may_freeze};
+    scanner.settle_ms = 3000;
     room = UINT32_MAX;
     allowed = true;
 }
@@ -82,6 +83,7 @@ TestSuite(agent_scan_huge, .init = set_up_huge, .fini = tear_down, .timeout = 60
 
 static void pass(void)
 {
+    scanner.now_ms += 1000;
     while (scan_step(&scanner) == SCAN_MORE)
         ;
 }
@@ -261,14 +263,28 @@ Test(agent_scan_huge, a_hot_huge_page_is_left_alone)
     cr_assert_eq(offers[0], 0);
 }
 
+Test(agent_scan_huge, a_huge_page_that_changes_now_and_then_is_not_taken_for_cold)
+{
+    for (uint8_t round = 1; round < 30; round++) {
+        for (uint32_t i = 0; i < HUGE_PAGES && round % 3 == 0; i++)
+            write_page(i, round);
+        pass();
+    }
+    need_huge_page();
+    cr_assert_eq(block->chunks[0].state, CHUNK_HUGE);
+}
+
 Test(agent_scan_huge, a_cold_huge_page_is_offered_page_by_page_and_stays_huge)
 {
     for (uint32_t i = 0; i < HUGE_PAGES; i++)
         write_page(i, (uint8_t)(i % 255 + 1));
     pass();
     need_huge_page();
-    for (int i = 0; i < 4; i++)
-        pass();
+    pass();
+    pass();
+    cr_assert_eq(block->chunks[0].state, CHUNK_HUGE);
+    pass();
+    pass();
     cr_assert_eq(block->chunks[0].state, CHUNK_ARMED);
     for (uint32_t i = 0; i < HUGE_PAGES; i++)
         cr_assert_eq(offers[i], 1);

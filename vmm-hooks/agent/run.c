@@ -213,6 +213,8 @@ static uint64_t scan_turn(struct memd_vm *vm)
         return wait;
     if (!vm->in_pass) {
         vm->in_pass = true;
+        vm->scanner.now_ms = (uint32_t)(now / 1000000);
+        vm->scanner.settle_ms = vm->revisit_ms;
         vm->scanner.pass_candidates = 0;
         vm->scanner.pass_written = 0;
     }

@@ -212,9 +212,18 @@ static uint32_t sample(struct chunk_view *view)
     return changed;
 }
 
+/* 1, 2, 4, ... passes, then MAX_BACKOFF. */
+static uint8_t next_backoff(struct chunk *chunk)
+{
+    if (chunk->hot_passes < MAX_BACKOFF)
+        chunk->hot_passes = chunk->hot_passes ? (uint8_t)(chunk->hot_passes * 2) : 1;
+    return chunk->hot_passes;
+}
+
 static void judge_huge(struct chunk_view *view)
 {
     struct chunk *chunk = view->chunk;
+    uint32_t now_ms = view->scanner->now_ms;
     uint32_t changed;
 
     if (chunk->state != CHUNK_HUGE) {
@@ -227,15 +236,14 @@ static void judge_huge(struct chunk_view *view)
         return;
     }
     changed = sample(view);
-    if (chunk->judged > 0 && changed <= COLD_SAMPLES) {
+    if (!chunk->sampled || changed > COLD_SAMPLES) {
+        /* Hot for long: it is enough to look now and then. */
+        if (chunk->sampled && now_ms - chunk->changed_ms < view->scanner->settle_ms)
+            chunk->backoff = next_backoff(chunk);
+        chunk->sampled = 1;
+        chunk->changed_ms = now_ms;
+    } else if (now_ms - chunk->changed_ms >= view->scanner->settle_ms) {
         arm(view);
-        return;
-    }
-    if (chunk->judged < UINT8_MAX)
-        chunk->judged++;
-    /* Hot: wait, then take fresh samples and compare a pass later. */
-    if (chunk->judged > 2 && changed > COLD_SAMPLES && chunk->judged % 2) {
-        chunk->backoff = chunk->judged < MAX_BACKOFF ? chunk->judged : MAX_BACKOFF;
     }
 }
 

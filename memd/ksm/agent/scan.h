@@ -41,6 +41,8 @@ struct scanner {
     struct guest_ram *ram;
     struct hash_secret secret;
     struct scan_sink sink;
+    uint32_t now_ms;    /* the caller's clock, set before each pass; may wrap */
+    uint32_t settle_ms; /* a huge page is cold when it has not changed for so long */
     uint32_t block_at, chunk_at;
     uint64_t pending[HUGE_PAGES / 64]; /* candidates of the current chunk still to be looked at */
     bool have_pending;
