@@ -61,6 +61,20 @@ static int discard_private(struct guest_ram *ram, struct ram_block *block, uint3
     return r;
 }
 
+/* Some of the chunk may have been let go, and a hole there would read as zeros: what can't be
+ * registered again must not be frozen any more. */
+static void stay_armed(struct guest_ram *ram, struct ram_block *block, uint32_t first, uint32_t end)
+{
+    for (uint32_t i = first, run; i < end; i += run) {
+        bool store = in_store(block, i);
+        run = store_run(block, i, end, store);
+        if (store || remap_arm(ram, block, i, run) == 0)
+            continue;
+        for (uint32_t k = i; k < i + run; k++)
+            ram_set_captive(block, k, true);
+    }
+}
+
 void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
                     enum chunk_state state)
 {
@@ -70,9 +84,14 @@ void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
 
     for (uint32_t i = first, run; i < end; i += run) {
         bool store = in_store(block, i);
+        int r;
         run = store_run(block, i, end, store);
-        uffd_unregister(store ? ram->store_fd : ram->guest_fd, ram_address(block, i),
-                        (size_t)run * PAGE_BYTES);
+        r = uffd_unregister(store ? ram->store_fd : ram->guest_fd, ram_address(block, i),
+                            (size_t)run * PAGE_BYTES);
+        if (r == -ENOMEM) {
+            stay_armed(ram, block, first, end);
+            return;
+        }
     }
     memset(chunk, 0, sizeof(*chunk));
     chunk->state = (uint8_t)state;
@@ -116,7 +135,7 @@ int discard_pages(struct guest_ram *ram, struct ram_block *block, uint32_t index
 
 /* Un-shares [index, end) where `segment` is the slot's or SLOT_NONE. Returns pages that stayed. */
 static uint32_t unshare(struct guest_ram *ram, struct ram_block *block, uint32_t index,
-                        uint32_t end, uint32_t segment, bool arm)
+                        uint32_t end, uint32_t segment)
 {
     uint32_t left = 0;
 
@@ -132,7 +151,7 @@ static uint32_t unshare(struct guest_ram *ram, struct ram_block *block, uint32_t
             i++;
             continue;
         }
-        done = remap_to_private(ram, block, i, run, arm);
+        done = remap_to_private(ram, block, i, run, true);
         if (done < 0) {
             left += run;
             done = (int)run;
@@ -146,12 +165,30 @@ static uint32_t unshare(struct guest_ram *ram, struct ram_block *block, uint32_t
 
 uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t segment)
 {
-    return unshare(ram, block, 0, block->pages, segment, true);
+    return unshare(ram, block, 0, block->pages, segment);
+}
+
+void discard_shares(struct guest_ram *ram, struct ram_block *block, uint32_t c)
+{
+    uint32_t first = ram_chunk_first(block, c);
+    uint32_t end = ram_chunk_end(block, c);
+
+    if (unshare(ram, block, first, end, SLOT_NONE) == 0)
+        return;
+    for (uint32_t i = first; i < end; i++) {
+        if (ram_place(block, i) != PLACE_SHARED)
+            continue;
+        ram_move_places(ram, block, i, 1, TRANSITION_BREAK);
+        ram_set_captive(block, i, true);
+        ram_note_broken(ram, block, i, 1);
+    }
 }
 
 uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block)
 {
-    uint32_t left = unshare(ram, block, 0, block->pages, SLOT_NONE, false);
+    /* Armed, though that is taken back below: where some can't be made private the chunk stays
+     * armed, and in an armed chunk everything that may be frozen is registered. */
+    uint32_t left = unshare(ram, block, 0, block->pages, SLOT_NONE);
 
     block->resting = true;
     for (uint32_t c = 0; left == 0 && c < block->chunk_count; c++)

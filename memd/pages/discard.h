@@ -27,10 +27,19 @@ int discard_pages(struct guest_ram *ram, struct ram_block *block, uint32_t index
  */
 uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block);
 
-/* The same for the shares of one segment only; registrations stay. */
+/*
+ * Ends every share of chunk `c`, whatever happens; registrations stay. A page for which there is no
+ * copy to be had keeps its mapping and becomes captive: its slot's number may soon mean something
+ * else, and is not to be looked up again. Caller holds the lock.
+ */
+void discard_shares(struct guest_ram *ram, struct ram_block *block, uint32_t c);
+
+/* Makes the pages that share with one segment private; registrations stay. Caller holds the lock.
+ * Returns how many could not be. */
 uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t segment);
 
-/* Takes an armed chunk's registration away. Its places must have no shared page. */
+/* Takes an armed chunk's registration away. Its places must have no shared page. Where the kernel
+ * has no VMA for that, the chunk stays armed. */
 void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
                     enum chunk_state state);
 

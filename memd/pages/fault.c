@@ -95,6 +95,9 @@ static void place_zeros(struct fault_handler *handler, struct ram_block *block, 
     uint8_t *at = ram_address(block, index);
     long placed = uffd_copy(ram->guest_fd, at, zeros, run * PAGE_BYTES, true);
 
+    /* UFFDIO_COPY works within one VMA, and the window may reach beyond this one's end. */
+    if (placed == -ENOENT && run > 1)
+        placed = uffd_copy(ram->guest_fd, at, zeros, PAGE_BYTES, true);
     if (placed > 0) {
         ram_move_places(ram, block, index, (uint32_t)(placed / (long)PAGE_BYTES),
                         TRANSITION_POPULATE);
@@ -124,6 +127,17 @@ static void place_fetched(struct fault_handler *handler, struct ram_block *block
         ram_move_places(ram, block, index, 1, TRANSITION_FETCH);
 }
 
+/* Is the page in memory that is registered with guest_fd now? A fault may be told of after the hole
+ * that it ran into is gone, and UFFDIO_COPY fills whatever is registered with any userfaultfd, be
+ * it a mapping of the store or memory that the VMM has registered itself by now. */
+static bool is_armed(const struct ram_block *block, uint32_t index)
+{
+    enum place place = ram_place(block, index);
+
+    return block->chunks[ram_chunk_of(block, index)].state == CHUNK_ARMED &&
+           place != PLACE_SHARED && (place == PLACE_ABSENT || !ram_captive(block, index));
+}
+
 void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
 {
     void *page = (void *)(address / PAGE_BYTES * PAGE_BYTES);
@@ -136,7 +150,7 @@ void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
     }
     lock_take(&block->lock);
     index = (uint32_t)(((uint8_t *)page - block->base) / (long)PAGE_BYTES);
-    if (!block->live)
+    if (!block->live || !is_armed(block, index))
         uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
     else if (ram_place(block, index) == PLACE_ABSENT)
         place_zeros(handler, block, index);
@@ -172,6 +186,8 @@ static void break_share(struct fault_handler *handler, struct ram_block *block, 
     remember(handler, block, index + (uint32_t)broken);
 }
 
+/* Like the above, this may come late: the protection is lifted only from what is in the store's
+ * mappings, never from memory that the VMM has protected itself by now. */
 void fault_serve_write(struct fault_handler *handler, uintptr_t address)
 {
     void *page = (void *)(address / PAGE_BYTES * PAGE_BYTES);
@@ -180,7 +196,6 @@ void fault_serve_write(struct fault_handler *handler, uintptr_t address)
     uint32_t index;
 
     if (!block) {
-        uffd_protect(ram->store_fd, page, PAGE_BYTES, false);
         uffd_wake(ram->store_fd, page, PAGE_BYTES);
         return;
     }
@@ -188,7 +203,7 @@ void fault_serve_write(struct fault_handler *handler, uintptr_t address)
     index = (uint32_t)(((uint8_t *)page - block->base) / (long)PAGE_BYTES);
     if (block->live && ram_place(block, index) == PLACE_SHARED)
         break_share(handler, block, index);
-    else
+    else if (block->live && ram_captive(block, index))
         uffd_protect(ram->store_fd, page, PAGE_BYTES, false);
     uffd_wake(ram->store_fd, page, PAGE_BYTES);
     lock_release(&block->lock);

@@ -77,6 +77,17 @@ static int open_staging(struct guest_ram *ram, const char **ret_reason)
     return r;
 }
 
+/* mremap unmaps what is at its target before it asks whether there is memory to be had. Where each
+ * page is promised (vm.overcommit_memory 2) another process may have been promised it in between:
+ * the guest would be left with a gap. Elsewhere our mappings (MAP_NORESERVE) are not counted. */
+static int check_promises(const char **ret_reason)
+{
+    if (procfs_number("/proc/sys/vm/overcommit_memory") != 2)
+        return 0;
+    *ret_reason = "vm.overcommit_memory is 2: pages can't be remapped safely";
+    return -ENOTSUP;
+}
+
 int ram_open(struct guest_ram *ram, int dev_userfaultfd, const char **ret_reason)
 {
     int r;
@@ -86,7 +97,9 @@ int ram_open(struct guest_ram *ram, int dev_userfaultfd, const char **ret_reason
     ram->lowest = UINTPTR_MAX;
     ram->sources[PLACE_ABSENT] = ram->sources[PLACE_ZERO] = ram->sources[PLACE_PRIVATE] =
         (struct page_source){.name = "zeros", .fetch = fetch_zeros};
-    r = open_descriptors(ram, dev_userfaultfd, ret_reason);
+    r = check_promises(ret_reason);
+    if (r == 0)
+        r = open_descriptors(ram, dev_userfaultfd, ret_reason);
     if (r == 0)
         r = open_staging(ram, ret_reason);
     if (r == 0) {

@@ -128,7 +128,7 @@ struct guest_ram {
  * Opens the three userfaultfds and the staging area. `dev_userfaultfd` is a descriptor of
  * /dev/userfaultfd (Linux 6.1) or -1 for the system call. Returns 0, or -errno and one word of
  * what is missing in *ret_reason (static storage): -ENOSYS for a kernel without WP_ASYNC (6.7) or
- * MOVE (6.8), -EPERM where userfaultfd is withheld.
+ * MOVE (6.8), -EPERM where userfaultfd is withheld, -ENOTSUP where mremap may leave a gap.
  */
 int ram_open(struct guest_ram *ram, int dev_userfaultfd, const char **ret_reason);
 

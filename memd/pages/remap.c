@@ -40,6 +40,14 @@ static bool attributes_differ(const struct ram_block *block)
     return (block->attributes & (RAM_DONTFORK | RAM_DONTDUMP)) != REMAP_VIEW_ATTRIBUTES;
 }
 
+/* Where nobody can tell which pages were written before they were protected, all may have been. */
+static uint32_t suspect_all(struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    for (uint32_t i = index; i < index + pages; i++)
+        ram_set_captive(block, i, true);
+    return pages;
+}
+
 /* Marks the pages that are anonymous already: written between the mapping and its protection. */
 static uint32_t find_captives(struct guest_ram *ram, struct ram_block *block, uint32_t index,
                               uint32_t pages)
@@ -70,7 +78,7 @@ static uint32_t find_captives(struct guest_ram *ram, struct ram_block *block, ui
             break;
         scan.start = scan.walk_end;
     }
-    return captives;
+    return found < 0 ? suspect_all(block, index, pages) : captives;
 }
 
 static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32_t index,
@@ -78,8 +86,11 @@ static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32
 {
     for (uint32_t i = 0; i < pages; i++) {
         if (ram_captive(block, index + i)) {
-            if (ram_place(block, index + i) == PLACE_SHARED)
+            if (ram_place(block, index + i) == PLACE_SHARED) {
+                /* It was to move within the store: the share that it had has ended. */
                 ram_move_places(ram, block, index + i, 1, TRANSITION_BREAK);
+                ram_note_broken(ram, block, index + i, 1);
+            }
             continue;
         }
         block->slots[index + i] = first_slot + i;
@@ -105,9 +116,7 @@ int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t inde
     if (r < 0) {
         /* Mapped but not protected: a write would be copied unseen. The guest is right either
          * way; none of these pages counts as shared. */
-        for (uint32_t i = index; i < index + pages; i++)
-            ram_set_captive(block, i, true);
-        *ret_captives = pages;
+        *ret_captives = suspect_all(block, index, pages);
     } else {
         *ret_captives = find_captives(ram, block, index, pages);
     }

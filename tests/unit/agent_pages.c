@@ -323,3 +323,116 @@ Test(agent_pages, a_shared_page_moves_within_the_store)
     cr_assert_eq(ram_place(block, 1), PLACE_PRIVATE);
     assert_sums();
 }
+
+/* Memory that was there before the block was taken in is a VMA of its own beside what comes out of
+ * the shadow. */
+Test(agent_pages, a_run_of_faults_does_not_stick_at_the_end_of_a_vma)
+{
+    struct ram_block *old;
+    uint8_t *at = reserve(HUGE_BYTES);
+    uint8_t outcomes[8];
+
+    madvise(at, HUGE_BYTES, MADV_NOHUGEPAGE);
+    for (uint32_t i = 0; i < 8; i++)
+        fill(at + (200 + i) * PAGE_BYTES, 1000 + i);
+    cr_assert_eq(ram_add(&ram, at, HUGE_BYTES, RAM_NOHUGEPAGE, false, &old), 0);
+    lock_take(&old->lock);
+    cr_assert_eq(remap_arm(&ram, old, 0, HUGE_PAGES), 0);
+    old->chunks[0].state = CHUNK_ARMED;
+    ram_move_places(&ram, old, 200, 8, TRANSITION_POPULATE);
+    lock_release(&old->lock);
+    merge_pages(&ram, &segments, old, 200, SLOT(1, 0), 8, outcomes, &stats);
+    cr_assert_eq(outcomes[0], 0);
+    lock_take(&old->lock);
+    cr_assert_eq(discard_pages(&ram, old, 200, 8, MADV_DONTNEED), 0);
+    lock_release(&old->lock);
+    for (uint32_t i = 190; i < 210; i++)
+        cr_assert_eq(ram_address(old, i)[0], 0);
+    lock_take(&old->lock);
+    cr_assert_eq(discard_stand_down(&ram, old), 0);
+    lock_release(&old->lock);
+}
+
+/* The kernel fills whatever is registered, with whichever userfaultfd. */
+Test(agent_pages, a_fault_that_is_told_of_late_puts_nothing_into_the_store_s_mapping)
+{
+    uint8_t outcomes[4];
+
+    fill_guest(0, 4, 1000);
+    merge(0, 0, 4, outcomes);
+    /* As if the kernel had reclaimed the store's pages. */
+    madvise(ram_address(block, 0), 4 * PAGE_BYTES, MADV_DONTNEED);
+    fault_serve_missing(&handler, (uintptr_t)ram_address(block, 1));
+    lock_take(&block->lock);
+    ram_move_places(&ram, block, 2, 1, TRANSITION_BREAK);
+    ram_set_captive(block, 2, true);
+    lock_release(&block->lock);
+    fault_serve_missing(&handler, (uintptr_t)ram_address(block, 2));
+    for (uint32_t i = 0; i < 4; i++)
+        cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+    assert_sums();
+}
+
+Test(agent_pages, a_fault_that_is_told_of_late_puts_nothing_into_the_vmm_s_own_userfaultfd)
+{
+    int fd = uffd_open(-1, 0);
+    unsigned char there = 0xff;
+
+    lock_take(&block->lock);
+    cr_assert_eq(discard_stand_down(&ram, block), 0);
+    lock_release(&block->lock);
+    cr_assert_eq(uffd_register(fd, ram_address(block, 0), HUGE_BYTES, UFFDIO_REGISTER_MODE_MISSING),
+                 0);
+    fault_serve_missing(&handler, (uintptr_t)ram_address(block, 5));
+    cr_assert_eq(mincore(ram_address(block, 5), PAGE_BYTES, &there), 0);
+    cr_assert_eq(there & 1, 0);
+    uffd_unregister(fd, ram_address(block, 0), HUGE_BYTES);
+    close(fd);
+}
+
+/* With memd's next session the numbers of segments mean other contents. */
+Test(agent_pages, a_share_that_gets_no_copy_does_not_look_its_slot_up_again)
+{
+    struct guest_ram *r = &ram;
+    int shadow_fd = r->shadow_fd;
+    uint8_t outcomes[4];
+
+    fill_guest(0, 4, 1000);
+    merge(0, 0, 4, outcomes);
+    lock_take(&block->lock);
+    r->shadow_fd = -1; /* no copy can be prepared */
+    discard_shares(r, block, 0);
+    r->shadow_fd = shadow_fd;
+    lock_release(&block->lock);
+    segments_remove(&segments, 1);
+    cr_assert_eq(segments_add(&segments, 1, 1024, make_segment(1024, 7000, ALL_SEALS)), 0);
+    ram_address(block, 1)[9]++;
+    ram_address(block, 1)[9]--;
+    for (uint32_t i = 0; i < 4; i++)
+        cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+    cr_assert_eq(block->counts[PLACE_SHARED], 0);
+    cr_assert_eq(block->captives, 4);
+    assert_sums();
+}
+
+/* Without PAGEMAP_SCAN nobody can say which pages were written before they were protected. */
+Test(agent_pages, pages_that_may_have_been_written_unseen_are_not_called_shared)
+{
+    int pagemap_fd = ram.pagemap_fd;
+    uint8_t outcomes[4];
+
+    cr_assert_eq(segments_add(&segments, 2, 4, make_segment(4, 1000, ALL_SEALS)), 0);
+    fill_guest(0, 4, 1000);
+    merge(0, 0, 2, outcomes);
+    ram.pagemap_fd = -1;
+    merge(2, 2, 2, outcomes);
+    cr_assert_eq(outcomes[0], NOT_MERGED_GONE);
+    cr_assert_eq(merge_remap(&ram, &segments, block, 1, SLOT(2, 1), &stats), NOT_MERGED_GONE);
+    ram.pagemap_fd = pagemap_fd;
+    cr_assert_eq(ram_place(block, 2), PLACE_PRIVATE);
+    cr_assert(ram_captive(block, 2));
+    /* The share that page 1 had is over, and memd will be told. */
+    cr_assert_eq(ram.broken.count, 1);
+    cr_assert_eq(ram.broken.pages[0], 1);
+    assert_sums();
+}

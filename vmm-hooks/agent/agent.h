@@ -56,6 +56,8 @@ struct memd_vm {
     uint32_t state; /* enum agent_state */
     uint32_t stop;
     uint32_t forked;            /* this is a child of the VMM, without our threads */
+    uint32_t registers_begun;   /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
+    uint32_t registers_ended;   /* and calls that are over */
     uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
     char reason[PROTOCOL_TEXT_BYTES];
     uint32_t news; /* state or reason have changed since memd was told */
@@ -105,7 +107,7 @@ uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char
 void agent_give_up(struct memd_vm *vm, const char *reason);
 
 /* Up to so many blocks can be touched by one call of the VMM. */
-#define AGENT_MAX_LEAVING 8U
+#define AGENT_MAX_LEAVING RAM_MAX_BLOCKS
 
 struct agent_leaving {
     uint32_t count;

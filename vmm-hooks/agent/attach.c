@@ -170,6 +170,9 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
 
     if ((uintptr_t)addr % PAGE_BYTES || bytes % PAGE_BYTES || bytes == 0)
         return -EINVAL;
+    /* The userfaultfds of a child are its parent's, and work on the parent's memory. */
+    if (vm->forked)
+        return -EAGAIN;
     if (__atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) != AGENT_ACTIVE)
         r = -EAGAIN, reason = "the agent has stood down";
     else
@@ -193,12 +196,22 @@ static bool overlaps(const struct ram_block *block, const uint8_t *addr, size_t 
     return addr < ram_address(block, block->pages) && addr + bytes > block->base;
 }
 
+/* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
+static bool is_private(const struct ram_block *block)
+{
+    for (uint32_t c = 0; c < block->chunk_count; c++)
+        if (block->chunks[c].state == CHUNK_ARMED)
+            return false;
+    return block->counts[PLACE_SHARED] == 0 && block->captives == 0;
+}
+
 /* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
 static void let_go(struct memd_vm *vm, struct ram_block *block, bool unmapping)
 {
-    if (!unmapping && (discard_stand_down(&vm->ram, block) > 0 || block->captives > 0)) {
-        block->resting = true;
-        return;
+    if (!unmapping) {
+        discard_stand_down(&vm->ram, block);
+        if (!is_private(block))
+            return;
     }
     ram_forget(&vm->ram, block);
 }
@@ -256,14 +269,16 @@ static int discard_in_block(struct memd_vm *vm, struct ram_block *block, uint8_t
     uint8_t *block_end = ram_address(block, block->pages);
     uint8_t *from = addr > block->base ? addr : block->base;
     uint8_t *to = end < block_end ? end : block_end;
-    int r = -EAGAIN;
+    bool live;
+    int r = 0;
 
     lock_take(&block->lock);
-    if (block->live)
+    live = block->live;
+    if (live)
         r = discard_pages(&vm->ram, block, (uint32_t)((from - block->base) / (long)PAGE_BYTES),
                           (uint32_t)((to - from) / (long)PAGE_BYTES), advice);
     lock_release(&block->lock);
-    return r == -EAGAIN ? sys_madvise(from, (size_t)(to - from), advice) : r;
+    return live ? r : sys_madvise(from, (size_t)(to - from), advice);
 }
 
 int agent_discard(struct memd_vm *vm, void *addr, size_t bytes, int advice)
@@ -351,8 +366,12 @@ void agent_give_up(struct memd_vm *vm, const char *reason)
         struct ram_block *block = &vm->ram.blocks[i];
         lock_take(&block->reading);
         lock_take(&block->lock);
-        if (block->live && block->counts[PLACE_SHARED] == 0 && block->captives == 0)
+        if (block->live && is_private(block))
             ram_forget(&vm->ram, block);
+        else if (block->live)
+            /* Stays for its discards. Nobody would fill the holes of its shadow. */
+            uffd_unregister(vm->ram.shadow_fd, block->shadow,
+                            (size_t)(block->pages + 1) * PAGE_BYTES);
         lock_release(&block->lock);
         lock_release(&block->reading);
     }

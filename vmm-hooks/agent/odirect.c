@@ -81,6 +81,7 @@ bool odirect_check(char *reason)
 {
     static const char word[] = "the VMM has a file open with O_DIRECT on a file system that is not "
                                "known to pin pages (ext4, xfs, btrfs, block devices are)";
+    static const char blind[] = "the VMM's descriptors can't be listed (/proc/self/fd: a chroot?)";
     char buffer[4096] __attribute__((aligned(8)));
     int directory = (int)sys_call4(SYS_openat, AT_FDCWD, "/proc/self/fd",
                                    O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
@@ -93,7 +94,9 @@ bool odirect_check(char *reason)
         sys_close(directory);
     if (got < 0)
         good = false;
-    if (!good)
+    if (!good && directory >= 0 && got >= 0)
         memcpy(reason, word, sizeof(word));
+    else if (!good)
+        memcpy(reason, blind, sizeof(blind));
     return good;
 }

@@ -16,6 +16,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/vhost.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,9 +35,8 @@
 #define IOMMU_IOAS_MAP     0x3b85 /* include/uapi/linux/iommufd.h: _IO(';', 0x85) */
 
 /* MADV_ values that are younger than some libc headers. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ  22
-#define MADV_POPULATE_WRITE 23
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
 #endif
 
 enum preload_state { PRELOAD_NEW, PRELOAD_STARTING, PRELOAD_READY, PRELOAD_FAILED };
@@ -61,22 +61,31 @@ static long finish(long result)
     return result;
 }
 
-static struct memd_vm *agent(void)
+static struct memd_vm *attached(void)
 {
     return __atomic_load_n(&preload.state, __ATOMIC_ACQUIRE) == PRELOAD_READY ? preload.vm : NULL;
 }
 
-/* The agent, if the range touches what may be registered RAM. */
+/* The agent, but not in a child of the VMM: its memory is a copy that no agent looks after, and
+ * what the userfaultfds that it has inherited do, they do to its parent. */
+static struct memd_vm *agent(void)
+{
+    struct memd_vm *vm = attached();
+
+    return vm && !vm->forked ? vm : NULL;
+}
+
+/* The agent, if the range touches what may be registered RAM; in a child too. */
 static struct memd_vm *touched(const void *addr, size_t bytes)
 {
-    struct memd_vm *vm = agent();
+    struct memd_vm *vm = attached();
 
     if (!vm || (uintptr_t)addr >= vm->ram.highest || (uintptr_t)addr + bytes <= vm->ram.lowest)
         return NULL;
     return vm;
 }
 
-/* The same, but not in a child of the VMM: its memory is a copy that no agent looks after. */
+/* The same, but not in a child. */
 static struct memd_vm *concerned(const void *addr, size_t bytes)
 {
     struct memd_vm *vm = touched(addr, bytes);
@@ -129,7 +138,8 @@ static int announce(void *addr, size_t bytes)
 
 static bool is_discard(int advice)
 {
-    return advice == MADV_DONTNEED || advice == MADV_REMOVE || advice == MADV_FREE;
+    return advice == MADV_DONTNEED || advice == MADV_REMOVE || advice == MADV_FREE ||
+           advice == MADV_DONTNEED_LOCKED;
 }
 
 /* Attributes that memd has to put back wherever it maps something. */
@@ -331,9 +341,8 @@ EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ..
     if (!vm)
         return (void *)finish((long)sys_mremap(old, old_bytes, new_bytes, flags, to));
     /* One of the two ranges is RAM, never both. */
-    if (concerned(old, old_bytes ? old_bytes : 1))
-        agent_leave_begin(vm, old, old_bytes ? old_bytes : PAGE_BYTES, false, &leaving);
-    else
+    agent_leave_begin(vm, old, old_bytes ? old_bytes : PAGE_BYTES, false, &leaving);
+    if (leaving.count == 0 && (flags & MREMAP_FIXED))
         agent_leave_begin(vm, to, new_bytes, true, &leaving);
     at = sys_mremap(old, old_bytes, new_bytes, flags, to);
     agent_leave_end(vm, &leaving);
@@ -441,33 +450,46 @@ EXPORT long mbind(void *addr, unsigned long bytes, int mode, const unsigned long
 
 /* The VMM's own userfaultfd (post-copy, background snapshots) gets its memory as the VMM made it.
  */
-static void before_register(const struct uffdio_register *request)
+static struct memd_vm *before_register(const struct uffdio_register *request)
 {
     struct memd_vm *vm =
         concerned((void *)(uintptr_t)request->range.start, (size_t)request->range.len);
 
-    if (vm)
+    if (vm) {
+        __atomic_add_fetch(&vm->registers_begun, 1, __ATOMIC_SEQ_CST);
         agent_stand_down(vm, AGENT_STANDING_DOWN,
                          "the VMM uses userfaultfd on its RAM itself (migration or snapshot)");
+    }
+    return vm;
 }
 
 EXPORT int ioctl(int fd, unsigned long request, ...)
 {
+    struct memd_vm *registering = NULL;
     struct memd_vm *vm;
     va_list list;
     void *argument;
+    long r;
 
     va_start(list, request);
     argument = va_arg(list, void *);
     va_end(list);
     if (request == UFFDIO_REGISTER && argument) {
-        before_register(argument);
+        registering = before_register(argument);
     } else if (request == VFIO_IOMMU_MAP_DMA || request == IOMMU_IOAS_MAP) {
         vm = agent();
         if (vm)
             agent_give_up(vm, "the VMM gives its memory to a device (VFIO)");
+    } else if (request == VHOST_SCSI_SET_ENDPOINT) {
+        /* Its reads go straight into pages that it holds by plain references (FOLL_GET). */
+        vm = agent();
+        if (vm)
+            agent_give_up(vm, "the VMM gives its memory to vhost-scsi, which does not pin pages");
     }
-    return (int)finish(sys_call3(SYS_ioctl, fd, request, argument));
+    r = sys_call3(SYS_ioctl, fd, request, argument);
+    if (registering)
+        __atomic_add_fetch(&registering->registers_ended, 1, __ATOMIC_SEQ_CST);
+    return (int)finish(r);
 }
 
 /* ---- direct I/O: a new O_DIRECT descriptor is looked at before the next freeze ---- */

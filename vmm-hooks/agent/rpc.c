@@ -218,6 +218,9 @@ bool rpc_put(struct rpc *rpc, uint32_t op, uint32_t page, uint64_t arg)
         return false;
     ring_put(&rpc->ring->to_memd, &rpc->head,
              (struct ring_entry){.op = op, .page = page, .arg = arg});
+    /* Only now: a buffer that was filled in vain must not shift the others' turn. */
+    if (op == RING_PAGE)
+        rpc->buffer = (rpc->buffer + 1) % RING_PAGE_BUFFERS;
     rpc->dirty = true;
     return true;
 }
@@ -237,7 +240,6 @@ uint8_t *rpc_page_buffer(struct rpc *rpc, uint32_t *ret_buffer)
     if (used >= RING_PAGE_BUFFERS)
         return NULL;
     *ret_buffer = rpc->buffer;
-    rpc->buffer = (rpc->buffer + 1) % RING_PAGE_BUFFERS;
     return rpc->ring->pages[*ret_buffer];
 }
 

@@ -119,9 +119,23 @@ static void set_up(struct memd_vm *vm)
 
 /* ---- the VMM used userfaultfd itself; is that over? ---- */
 
+/* Has the VMM registered something since `begun`? */
+static bool registers_since(const struct memd_vm *vm, uint32_t begun)
+{
+    return __atomic_load_n(&vm->registers_begun, __ATOMIC_SEQ_CST) != begun;
+}
+
+/* A register of the VMM's that comes in meanwhile wins: it counts itself before it stands us down,
+ * so that it is seen here or takes the blocks' locks after us. */
 static void try_to_resume(struct memd_vm *vm)
 {
+    uint32_t ended = __atomic_load_n(&vm->registers_ended, __ATOMIC_SEQ_CST);
+    uint32_t begun = __atomic_load_n(&vm->registers_begun, __ATOMIC_SEQ_CST);
+    uint32_t expected = AGENT_STANDING_DOWN;
     struct procfs_range range;
+
+    if (begun != ended)
+        return;
 
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
@@ -131,13 +145,21 @@ static void try_to_resume(struct memd_vm *vm)
             range.userfaultfd)
             return;
     }
+    if (!__atomic_compare_exchange_n(&vm->state, &expected, AGENT_ACTIVE, false, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return;
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
-        lock_take(&vm->ram.blocks[b].lock);
-        vm->ram.blocks[b].resting = false;
-        lock_release(&vm->ram.blocks[b].lock);
+        struct ram_block *block = &vm->ram.blocks[b];
+        lock_take(&block->lock);
+        block->resting = registers_since(vm, begun);
+        lock_release(&block->lock);
     }
-    agent_say(vm, "");
-    __atomic_store_n(&vm->state, AGENT_ACTIVE, __ATOMIC_RELEASE);
+    expected = AGENT_ACTIVE;
+    if (registers_since(vm, begun))
+        __atomic_compare_exchange_n(&vm->state, &expected, AGENT_STANDING_DOWN, false,
+                                    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    else
+        agent_say(vm, "");
 }
 
 /* ---- a turn ---- */

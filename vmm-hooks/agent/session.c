@@ -63,6 +63,28 @@ void session_wait(struct memd_vm *vm, uint64_t ns)
 
 /* ---- opening ---- */
 
+/* A message that memd must get: waits for room in the socket as long as memd may need, and gives
+ * the connection up before it loses one (the next connection says everything anew). */
+static void send_surely(struct memd_vm *vm, const void *message, uint32_t bytes, int fd)
+{
+    uint64_t give_up = run_now_ns() + PUT_PATIENCE_NS;
+    int r = -EPIPE;
+
+    while (vm->rpc.fd >= 0) {
+        struct pollfd polled = {.fd = vm->rpc.fd, .events = POLLOUT};
+        struct timespec moment = {.tv_nsec = 2000000};
+        r = rpc_send(&vm->rpc, message, bytes, fd);
+        /* ETOOMANYREFS: memd has not yet taken the descriptors that were sent before. */
+        if (r != -EAGAIN && r != -ETOOMANYREFS && r != -EINTR && r != -ENOBUFS)
+            break;
+        if (run_now_ns() >= give_up || __atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE))
+            break;
+        sys_call5(SYS_ppoll, r == -EAGAIN ? &polled : NULL, r == -EAGAIN, &moment, NULL, 8);
+    }
+    if (r < 0 && vm->rpc.fd >= 0)
+        session_close(vm);
+}
+
 static void send_ram(struct memd_vm *vm, uint32_t first_page, uint64_t pages, uint64_t hva,
                      const char *reason)
 {
@@ -76,7 +98,7 @@ static void send_ram(struct memd_vm *vm, uint32_t first_page, uint64_t pages, ui
 
     if (reason)
         strncpy(message.reason, reason, sizeof(message.reason) - 1);
-    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+    send_surely(vm, &message, sizeof(message), -1);
 }
 
 static void send_gone(struct memd_vm *vm, uint32_t number)
@@ -89,7 +111,7 @@ static void send_gone(struct memd_vm *vm, uint32_t number)
     };
 
     vm->gone |= 1ULL << number;
-    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+    send_surely(vm, &message, sizeof(message), -1);
 }
 
 /* One that has left before memd heard of it is announced too, and its leaving: page numbers have
@@ -124,10 +146,14 @@ static void lose_store(struct memd_vm *vm)
 {
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
+        /* A chunk at a time: who writes to a shared page meanwhile waits for the lock. */
+        for (uint32_t c = 0; c < block->chunk_count; c++) {
+            lock_take(&block->lock);
+            if (block->live)
+                discard_shares(&vm->ram, block, c);
+            lock_release(&block->lock);
+        }
         lock_take(&block->lock);
-        for (uint32_t s = 0; block->live && s < SEGMENTS_HELD_MAX; s++)
-            if (vm->segments.table[s].view)
-                discard_segment(&vm->ram, block, vm->segments.table[s].id);
         if (block->live)
             memset(block->told, 0, ((size_t)block->pages + 63) / 64 * 8);
         lock_release(&block->lock);
@@ -162,13 +188,14 @@ static void offer_held(struct memd_vm *vm)
         struct message_segment message = {
             .header = {MESSAGE_HELD, sizeof(message)}, .segment = held->id, .pages = held->pages};
         if (held->view)
-            rpc_send(&vm->rpc, &message, sizeof(message), held->fd);
+            send_surely(vm, &message, sizeof(message), held->fd);
     }
     for (uint32_t b = 0; b < vm->ram.block_count; b++)
         if (vm->ram.blocks[b].live)
             offer_held_pages(vm, &vm->ram.blocks[b]);
-    rpc_ring(&vm->rpc);
-    rpc_send(&vm->rpc, &end, sizeof(end), -1);
+    if (vm->rpc.fd >= 0)
+        rpc_ring(&vm->rpc);
+    send_surely(vm, &end, sizeof(end), -1);
 }
 
 static void fill_hello(struct memd_vm *vm, struct message_hello *hello)
@@ -261,7 +288,7 @@ static void send_plain(struct memd_vm *vm, uint32_t type)
 {
     struct message_plain message = {.header = {type, sizeof(message)}};
 
-    rpc_send(&vm->rpc, &message, sizeof(message), -1);
+    send_surely(vm, &message, sizeof(message), -1);
 }
 
 static void take_segment(struct memd_vm *vm, const struct message_segment *message, int fd)
@@ -296,7 +323,7 @@ static void drop_segment(struct memd_vm *vm, const struct message_segment *messa
     }
     segments_remove(&vm->segments, message->segment);
     session_report(vm);
-    rpc_send(&vm->rpc, &done, sizeof(done), -1);
+    send_surely(vm, &done, sizeof(done), -1);
 }
 
 static void detach(struct memd_vm *vm, const struct message_words *message)
@@ -500,6 +527,10 @@ static uint32_t take_entries(struct memd_vm *vm)
 
     while (taken < ANSWERS && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
         taken++;
+        /* Its segment was sent before it, perhaps since the socket was last read. */
+        if ((entry.op == RING_MERGE || entry.op == RING_REMAP) &&
+            !segments_find(&vm->segments, SLOT_SEGMENT((uint32_t)entry.arg)))
+            take_messages(vm);
         if (entry.op == RING_MERGE) {
             merges[count++] = entry;
             continue;
@@ -601,13 +632,18 @@ void session_report(struct memd_vm *vm)
 
 static void fill_places(struct memd_vm *vm, struct message_stats *stats)
 {
-    for (uint32_t b = 0; b < vm->ram.block_count; b++) {
+    /* The blocks that memd knows, whatever came or went since it was told. */
+    for (uint32_t b = 0; b < vm->announced; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
+        bool live;
         lock_take(&block->lock);
-        for (int p = 0; block->live && p < PLACE_COUNT; p++)
+        live = block->live;
+        for (int p = 0; live && p < PLACE_COUNT; p++)
             stats->places[p] += block->counts[p];
-        stats->broken += block->live ? block->captives : 0;
+        stats->broken += live ? block->captives : 0;
         lock_release(&block->lock);
+        if (!live && !(vm->gone >> b & 1))
+            send_gone(vm, b);
     }
 }
 
@@ -640,6 +676,8 @@ void session_send_stats(struct memd_vm *vm)
     stats.state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE);
     session_report(vm);
     fill_places(vm, &stats);
+    if (vm->rpc.fd < 0)
+        return;
     lock_take(&vm->words);
     memcpy(stats.reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
            vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(stats.reason));

@@ -390,7 +390,7 @@ static bool look_at_pending(struct scanner *scanner, struct ram_block *block)
         return true;
     }
     for (uint32_t i = 0; i < pages; i++) {
-        if (!block->live)
+        if (!block->live || block->resting)
             break;
         while (is_pending(scanner, i))
             if (!look_at(scanner, block, first, i, pages))

@@ -119,6 +119,7 @@ class MemdFleet(Fleet):
 
     def boot(self, count, memory, content):
         self.lab.start_memd({"sharing": self.tuning}, {DOMAIN: [0]})
+        self.alone = procs.smaps(self.lab.memd.pid)  # memd without a guest
         for number in range(1, count + 1):
             self.guests.append(self.lab.start_guest(f"memd{number}", memory=memory, domain=DOMAIN,
                                                     seed=number, append=KERNEL_WORDS,

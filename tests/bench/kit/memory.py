@@ -5,17 +5,16 @@ An agent's user memory is what its VMM has more than a VMM without memd: anonymo
 guest RAM and the shadows, plus the ring (shared memory, counted once). The same QEMU with the same
 guest is stable in that to some 20 KiB, since its code buffer is one huge mapping that is there from
 the first moment. memd's is its private anonymous memory. The store's pages count nowhere: they are
-what the guests had before. What the agent's own mappings hold is counted too (`tables_bytes`), for
-who wants to know what the difference is made of."""
+what the guests had before. The agent's tables, which grow with its guest, are counted by themselves
+too (`table_bytes`)."""
 import statistics
 
 from lab import PAGE
 
-from . import procs
 from .procs import page_table_bytes, smaps
 
 VMA_BYTES = 200  # struct vm_area_struct with its part of the tree
-STORE, RING, LIBRARY = "/memfd:memd-store", "/memfd:memd-ring", "libmemd-preload.so"
+STORE, RING = "/memfd:memd-store", "/memfd:memd-ring"
 # How the agent maps its tables (memd/pages/ram.c); QEMU maps nothing so.
 TABLE_FLAGS = {"nr", "dd", "nh"}
 SHADOW_FLAG = "um"  # userfaultfd, missing pages
@@ -30,10 +29,8 @@ def of_vmm(guest):
     vmas = smaps(guest.pid)
     outside = [vma for vma in vmas if not vma.lies_in(guest.blocks) and SHADOW_FLAG not in vma.flags
                and not vma.path.startswith(STORE)]
-    stacks = [procs.stack_of(guest.pid, tid) for tid in procs.agent_threads(guest.pid)]
-    agents = [vma for vma in outside if TABLE_FLAGS <= vma.flags or LIBRARY in vma.path
-              or any(at and vma.start <= at < vma.end for at in stacks)]
-    return {"anonymous_bytes": anonymous(outside), "tables_bytes": anonymous(agents),
+    tables = [vma for vma in outside if TABLE_FLAGS <= vma.flags]
+    return {"anonymous_bytes": anonymous(outside), "table_bytes": anonymous(tables),
             "ring_bytes": sum(vma.sizes["Rss"] for vma in vmas if vma.path.startswith(RING)),
             "vmas": len(vmas), "store_vmas": sum(vma.path.startswith(STORE) for vma in vmas),
             "page_table_bytes": page_table_bytes(guest.pid)}
@@ -49,10 +46,13 @@ def watched_pages(fleet):
     return sum(end - start for guest in fleet.guests for start, end in guest.blocks) // PAGE
 
 
+def of_daemon(vmas):
+    return anonymous(vma for vma in vmas if "/memfd:" not in vma.path)
+
+
 def memd_memory(fleet):
-    daemon = smaps(fleet.lab.memd.pid)
     return {"pages": watched_pages(fleet), "guests": len(fleet.guests), **medians(fleet.guests),
-            "daemon_bytes": anonymous(vma for vma in daemon if "/memfd:" not in vma.path)}
+            "daemon_bytes": of_daemon(smaps(fleet.lab.memd.pid)), "alone_bytes": of_daemon(fleet.alone)}
 
 
 def ksmd_memory(fleet):
@@ -61,11 +61,14 @@ def ksmd_memory(fleet):
 
 
 def per_page(memd, ksmd, plain):
-    """All of it by watched page. `plain` is a fleet's VMMs before any engine ran."""
+    """All of it by watched page. `plain` is a fleet's VMMs before any engine ran. What does not grow
+    with a guest (memd without guests, and each agent's ring, threads, library and monitor) is in
+    memd_bytes and, once more, in memd_fixed_bytes."""
     share = memd["guests"] / memd["pages"]
     agent = memd["anonymous_bytes"] - ksmd["anonymous_bytes"] + memd["ring_bytes"]
     return {
         "memd_bytes": memd["daemon_bytes"] / memd["pages"] + agent * share,
+        "memd_fixed_bytes": memd["alone_bytes"] / memd["pages"] + (agent - memd["table_bytes"]) * share,
         "memd_daemon_bytes": memd["daemon_bytes"] / memd["pages"],
         "memd_agent_bytes": agent * share,
         "memd_ring_bytes": memd["ring_bytes"] * share,

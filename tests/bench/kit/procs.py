@@ -147,9 +147,3 @@ def smaps(pid):
 def page_table_bytes(pid):
     return next(int(line.split()[1]) * 1024 for line in read(f"/proc/{pid}/status").splitlines()
                 if line.startswith("VmPTE:"))
-
-
-def stack_of(pid, tid):
-    """Where a waiting thread's stack pointer is; None while it runs."""
-    words = read(f"/proc/{pid}/task/{tid}/syscall").split()
-    return int(words[-2], 16) if len(words) > 2 else None
