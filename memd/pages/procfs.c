@@ -179,3 +179,42 @@ long procfs_number(const char *path)
 
     return r < 0 ? r : value;
 }
+
+struct release {
+    uint64_t major, minor;
+};
+
+static bool release_line(void *context, const char *text)
+{
+    struct release *release = context;
+
+    release->major = number(&text, 10);
+    if (*text == '.') {
+        text++;
+        release->minor = number(&text, 10);
+    }
+    return false;
+}
+
+bool procfs_kernel_below(unsigned major, unsigned minor)
+{
+    struct release release = {0};
+
+    if (procfs_lines("/proc/sys/kernel/osrelease", release_line, &release) < 0)
+        return false;
+    return release.major < major || (release.major == major && release.minor < minor);
+}
+
+static bool count_line(void *context, const char *text)
+{
+    (void)text;
+    ++*(unsigned *)context;
+    return true;
+}
+
+bool procfs_swap_is_on(void)
+{
+    unsigned lines = 0;
+
+    return procfs_lines("/proc/swaps", count_line, &lines) < 0 || lines > 1; /* a heading first */
+}

@@ -29,6 +29,13 @@ int procfs_count_vmas(void);
 /* The first number in a file such as /proc/sys/vm/max_map_count, or -errno. */
 long procfs_number(const char *path);
 
+/* Is the running kernel older than this? (/proc/sys/kernel/osrelease; false when it can't be read.)
+ */
+bool procfs_kernel_below(unsigned major, unsigned minor);
+
+/* Is there any swap space? True when that can't be read. */
+bool procfs_swap_is_on(void);
+
 /*
  * Lines of a file, without libc. `line` is called for each with a terminated copy of at most 511
  * bytes of it; a false answer ends the reading. Returns 0 or -errno.

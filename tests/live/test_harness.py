@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The harness itself: that a guest boots without memd, and that it would notice a wrong byte."""
 import os
+import struct
 
 from lab import Failure, Lab, PAGE
 from lab.suite import live_test
@@ -16,14 +17,19 @@ def ram_mapping(pid, size):
     raise Failure("the VMM has no mapping of the RAM's size")
 
 
-def a_full_page(pid, start, end):
-    """The address of a page in the upper half that looks like the workload's: no zero word."""
+def is_filled_by_workload(page):
+    """Its words follow from each other (next_word in tests/guest/workload.c)."""
+    words = struct.unpack("<8Q", page[:64])
+    return all((word * 6364136223846793005 + 1442695040888963407) % (1 << 64) == following
+               for word, following in zip(words, words[1:]))
+
+
+def a_workload_page(pid, start, end):
+    """The address of a page that the workload filled."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for address in range(start + (end - start) // 2, end, PAGE):
             memory.seek(address)
-            page = memory.read(PAGE)
-            words = [page[i:i + 8] for i in range(0, PAGE, 8)]
-            if len(set(words)) == len(words):
+            if is_filled_by_workload(memory.read(PAGE)):
                 return address
     raise Failure("no page of the workload found")
 
@@ -45,7 +51,7 @@ def guest_notices_one_flipped_bit():
         guest.wait_ready()
         guest.report()
         start, end = ram_mapping(guest.pid, 192 << 20)
-        address = a_full_page(guest.pid, start, end)
+        address = a_workload_page(guest.pid, start, end)
         descriptor = os.open(f"/proc/{guest.pid}/mem", os.O_RDWR)
         byte = os.pread(descriptor, 1, address + 1234)[0]
         os.pwrite(descriptor, bytes([byte ^ 1]), address + 1234)

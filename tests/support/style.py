@@ -11,7 +11,7 @@ import sys
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "../.."))
 BUILD = os.environ.get("MEMD_BUILD", os.path.join(ROOT, "build"))
-CLANG_FORMAT = "14"  # other versions format some things differently
+LLVM = "14"  # Debian 12's; other versions format some things differently and have other checks
 
 # Which room includes from which (by directory pattern); system headers are not looked at. The
 # compiler is given the same walls as include directories; this says by name what broke.
@@ -92,12 +92,20 @@ def rooms_include_only_their_neighbours():
     return bad
 
 
+def lacks(tool):
+    """Why the tool can't judge here; '' when it can."""
+    if not shutil.which(tool):
+        return f"{tool} is not here"
+    words = subprocess.run([tool, "--version"], stdout=subprocess.PIPE, text=True).stdout
+    version = re.search(r"version (\d+)", words)
+    found = version.group(1) if version else "?"
+    return "" if found == LLVM else f"{tool} {found} judges otherwise than {LLVM}, which is not here"
+
+
 def clang_format():
-    tool = shutil.which("clang-format")
-    version = subprocess.run([tool, "--version"], stdout=subprocess.PIPE, text=True).stdout if tool else ""
-    if f"version {CLANG_FORMAT}." not in version:
-        return f"clang-format {CLANG_FORMAT} is not here ({version.strip() or 'none'})"
-    done = subprocess.run([tool, "--dry-run", "-Werror", *c_files()], cwd=ROOT,
+    if lacks("clang-format"):
+        return lacks("clang-format")
+    done = subprocess.run(["clang-format", "--dry-run", "-Werror", *c_files()], cwd=ROOT,
                           stderr=subprocess.PIPE, text=True)
     return [line for line in done.stderr.split("\n") if "error:" in line]
 
@@ -109,8 +117,8 @@ def tidy_one(name):
 
 
 def clang_tidy():
-    if not shutil.which("clang-tidy"):
-        return "clang-tidy is not here"
+    if lacks("clang-tidy"):
+        return lacks("clang-tidy")
     if not os.path.exists(os.path.join(BUILD, "compile_commands.json")):
         return f"nothing was built in {BUILD}"
     names = [name for name in c_files()

@@ -216,3 +216,10 @@ Test(procfs, what_is_mapped_is_seen)
     cr_assert_gt(procfs_number("/proc/sys/vm/max_map_count"), 1000);
     cr_assert_eq(procfs_number("/proc/there/is/no/such"), -ENOENT);
 }
+
+Test(procfs, the_kernels_age_is_compared_number_by_number)
+{
+    cr_assert(!procfs_kernel_below(2, 6));
+    cr_assert(!procfs_kernel_below(4, 20));
+    cr_assert(procfs_kernel_below(999, 0));
+}

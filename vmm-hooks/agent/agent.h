@@ -85,8 +85,8 @@ struct memd_vm {
     uint64_t budget_ns; /* CPU time that may be used now */
     uint64_t budget_at_ns;
     uint64_t cpu_at_ns;
-    uint64_t direct_io_at_ns;
-    bool direct_io_good;
+    uint64_t looked_at_ns; /* when it was last looked whether anything may be frozen */
+    bool freeze_allowed;
     uint32_t vmas;
     uint32_t vma_limit;
 };

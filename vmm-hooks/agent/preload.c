@@ -387,9 +387,9 @@ EXPORT int fallocate(int fd, int mode, off_t offset, off_t bytes)
 
 /* ---- what makes memd leave the guest alone ---- */
 
-static void lock_range(const void *addr, size_t bytes)
+static void lock_range(uintptr_t addr, size_t bytes)
 {
-    struct memd_vm *vm = concerned(addr, bytes);
+    struct memd_vm *vm = concerned((const void *)addr, bytes);
     struct agent_leaving leaving;
 
     if (!vm)
@@ -401,13 +401,13 @@ static void lock_range(const void *addr, size_t bytes)
 
 EXPORT int mlock(const void *addr, size_t bytes)
 {
-    lock_range(addr, bytes);
+    lock_range((uintptr_t)addr, bytes);
     return (int)finish(sys_call2(SYS_mlock, addr, bytes));
 }
 
 EXPORT int mlock2(const void *addr, size_t bytes, unsigned flags)
 {
-    lock_range(addr, bytes);
+    lock_range((uintptr_t)addr, bytes);
     return (int)finish(sys_call3(SYS_mlock2, addr, bytes, flags));
 }
 

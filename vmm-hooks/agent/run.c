@@ -18,8 +18,9 @@
 /* A pass in which more than one page in this many became a candidate is followed soon. */
 #define BUSY_FRACTION 512U
 #define BUDGET_CAP_NS 50000000LL
-/* How long one look at the VMM's descriptors holds (besides: an open by the VMM ends it). */
-#define DIRECT_IO_LOOK_NS 100000000ULL
+/* How long one look at the VMM's descriptors and at swap holds (besides: an open by the VMM ends
+ * it). */
+#define LOOK_NS 100000000ULL
 
 uint64_t run_now_ns(void)
 {
@@ -42,20 +43,41 @@ uint64_t run_cpu_ns(const struct memd_vm *vm)
     return clock_ns(CLOCK_THREAD_CPUTIME_ID) + clock_ns(vm->handler.cpu_clock);
 }
 
+/* UFFDIO_MOVE's races with swap and with large folios in swap were fixed up to 6.16. */
+static bool swap_forbids_freezing(void)
+{
+    return procfs_kernel_below(6, 16) && procfs_swap_is_on();
+}
+
+static bool nothing_forbids_freezing(struct memd_vm *vm)
+{
+    char reason[PROTOCOL_TEXT_BYTES];
+
+    if (swap_forbids_freezing()) {
+        agent_say(vm, "swap is on, and this kernel (below 6.16) may lose pages that are moved and "
+                      "swapped at once: swapoff, or a newer kernel");
+        return false;
+    }
+    if (!odirect_check(reason)) {
+        agent_say(vm, reason);
+        return false;
+    }
+    if (!vm->freeze_allowed)
+        agent_say(vm, "");
+    return true;
+}
+
 bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     struct memd_vm *vm = context;
     uint64_t now = run_now_ns();
 
     if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
-        now - vm->direct_io_at_ns > DIRECT_IO_LOOK_NS) {
-        char reason[PROTOCOL_TEXT_BYTES];
-        vm->direct_io_at_ns = now;
-        vm->direct_io_good = odirect_check(reason);
-        if (!vm->direct_io_good)
-            agent_say(vm, reason);
+        now - vm->looked_at_ns > LOOK_NS) {
+        vm->looked_at_ns = now;
+        vm->freeze_allowed = nothing_forbids_freezing(vm);
     }
-    return vm->direct_io_good &&
+    return vm->freeze_allowed &&
            gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
 }
 
@@ -96,6 +118,7 @@ static void set_up(struct memd_vm *vm)
     const char *reason = "";
 
     vm->scanner_tid = (uint32_t)sys_call0(SYS_gettid);
+    vm->freeze_allowed = true;
     vm->interval_ms = FIRST_INTERVAL_MS;
     vm->setup_result = ram_open(&vm->ram, -1, &reason);
     vm->ram_open = vm->setup_result == 0;

@@ -41,6 +41,18 @@ def write(name, text):
             file.write(text)
 
 
+def users():
+    """The processes with merged pages."""
+    found = []
+    for pid in (int(word) for word in os.listdir("/proc") if word.isdigit()):
+        try:
+            with open(f"/proc/{pid}/ksm_merging_pages") as file:
+                found += [pid] if int(file.read()) else []
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
 def put_back(found):
     if found["run"] != "1":
         write("run", "2")  # nothing of ours stays merged
@@ -54,12 +66,12 @@ class Ksmd:
 
     def __init__(self):
         self._found = {name: read(name) for name in SETTINGS if os.path.exists(f"{SYSFS}/{name}")}
-        if number("pages_shared"):
-            raise OSError("kernel KSM is in use: its figures would not be ours")
+        if others := users():
+            raise OSError(f"kernel KSM is in use by {others}: its figures would not be ours")
         self._guardian = subprocess.Popen(
             [sys.executable, os.path.realpath(__file__), json.dumps(self._found)],
             stdin=subprocess.PIPE, start_new_session=True)
-        self.set(AS_SHIPPED, run="0")
+        self.stop()  # pages_shared still counts pages of processes that ended while ksmd did not run
 
     def close(self):
         put_back(self._found)
