@@ -39,6 +39,12 @@
 #define MADV_DONTNEED_LOCKED 24
 #endif
 
+#ifdef MEMD_TEST_NO_INTERPOSE
+static const bool discards_are_ours = false;
+#else
+static const bool discards_are_ours = true;
+#endif
+
 enum preload_state { PRELOAD_NEW, PRELOAD_STARTING, PRELOAD_READY, PRELOAD_FAILED };
 
 static struct {
@@ -204,11 +210,7 @@ static int advise(void *addr, size_t bytes, int advice)
     if (advice == MADV_MERGEABLE && announce(addr, bytes) == 0)
         return 0;
     vm = touched(addr, bytes);
-#ifdef MEMD_TEST_NO_INTERPOSE
-    if (is_discard(advice))
-        vm = NULL;
-#endif
-    if (!vm)
+    if (!vm || (is_discard(advice) && !discards_are_ours))
         return sys_madvise(addr, bytes, advice);
     if (vm->forked)
         return is_discard(advice) ? agent_discard_in_child(vm, addr, bytes, advice)
@@ -366,12 +368,9 @@ EXPORT int mprotect(void *addr, size_t bytes, int prot)
 EXPORT int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
 {
     long r = sys_call4(SYS_fallocate, fd, mode, offset, bytes);
-    struct memd_vm *vm = agent();
+    struct memd_vm *vm = discards_are_ours ? agent() : NULL;
     struct stat st;
 
-#ifdef MEMD_TEST_NO_INTERPOSE
-    vm = NULL;
-#endif
     if (r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) && preload.ram_address &&
         sys_call2(SYS_fstat, fd, &st) == 0 && st.st_dev == preload.ram_device &&
         st.st_ino == preload.ram_inode && offset >= 0 && bytes > 0 &&

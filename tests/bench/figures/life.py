@@ -55,12 +55,12 @@ def live(fleet, options, names):
 
 # ---- dumps ----
 
-def two_dumps(fleet, meanwhile=lambda: None):
-    """What can be shared by pages that did not change in APART_S. meanwhile() is called between the
-    dumps, and has to be over before the second."""
+def two_dumps(fleet, meanwhile):
+    """Two dumps of each guest, APART_S apart (more if meanwhile(seconds), which is called between
+    them and told how long there is, takes longer)."""
     start = time.monotonic()
     first = ram.dump_all(fleet.guests, fleet.lab.directory, "first")
-    meanwhile()
+    meanwhile(max(10.0, start + APART_S - time.monotonic()))
     time.sleep(max(0.0, start + APART_S - time.monotonic()))
     return first, ram.dump_all(fleet.guests, fleet.lab.directory, "second")
 
@@ -75,9 +75,9 @@ def system_time(fleet):
 def to_95(fleet):
     control = {}
 
-    def control_window():
+    def control_window(seconds):
         start, used = time.monotonic(), system_time(fleet)
-        time.sleep(APART_S - 5)
+        time.sleep(seconds)
         control["rate"] = used.seconds() / (time.monotonic() - start)
 
     say("under load without sharing: two dumps, and the control window")
@@ -114,7 +114,7 @@ def at_rest(fleet):
     settled_s = fleet.wait_settled()
     fleet.look_at_blocks()
     say(f"the guests write no more; sharing settled in {settled_s:.0f} s; two dumps")
-    first, second = two_dumps(fleet, lambda: fleet.slow_down(PASS_S))
+    first, second = two_dumps(fleet, lambda _: fleet.slow_down(PASS_S))
     saved = fleet.saved_pages()
     say(f"{REST_S} s at rest")
     cpu = fleet.engine_cpu()

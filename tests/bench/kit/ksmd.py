@@ -47,7 +47,7 @@ def users():
     for pid in (int(word) for word in os.listdir("/proc") if word.isdigit()):
         try:
             with open(f"/proc/{pid}/ksm_merging_pages") as file:
-                found += [pid] if int(file.read()) else []
+                found += [pid] if int(file.read() or 0) else []  # a kernel thread says nothing
         except OSError:
             pass  # it ended meanwhile
     return found
