@@ -204,7 +204,7 @@ struct message_stats {
 /* ---- the ring ---- */
 
 #define RING_ENTRIES      1024U /* in each direction; a power of two */
-#define RING_PAGE_BUFFERS 64U
+#define RING_PAGE_BUFFERS 16U
 
 enum ring_op {
     /* agent to memd */

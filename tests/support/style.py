@@ -28,8 +28,8 @@ NO_LICENCE_LINE = ["*.json", "*.md", "LICENSE", ".clang-*", ".gitignore", "*.exp
 
 
 def files():
-    listed = subprocess.run(["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
-                            stdout=subprocess.PIPE, text=True).stdout.split("\n")
+    listed = subprocess.run(["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard"],
+                            cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
     return sorted(name for name in listed if name and os.path.isfile(os.path.join(ROOT, name)))
 
 

@@ -11,12 +11,12 @@ import time
 from lab import PAGE, Failure, Lab, machine
 from lab.errors import wait_for
 
-from . import procs, ram
-from .ksmd import FULL_SPEED, Ksmd
+from . import ksmd, procs, ram
 
 KERNEL_AND_QEMU = 76 << 20  # of a guest's RAM, what its kernel and initramfs need for themselves
 DOMAIN = "bench"
 SAMPLE_S = 0.15
+SMART_SCAN_PASSES = 8  # the longest that ksmd leaves a page out
 
 # In per cent of the rest. Much in common, in long runs and page by page (mosaic); some of its own;
 # an eighth in motion.
@@ -65,10 +65,12 @@ class Fleet:
         """{part: CpuSum}: the engine's CPU time from now on, by who uses it."""
         raise NotImplementedError
 
+    def wait_pass(self):
+        """Until the engine's pass ends, if it has passes of its own."""
+
     def rest(self, seconds):
-        """Lets time pass, at least so much, and asks the engine nothing; starts and ends where a
-        pass ends if the engine has passes of its own. Returns how long it was, and how long a pass
-        took."""
+        """Lets time pass, at least so much and whole passes, and asks the engine nothing. Returns
+        how long it was, and how long a pass took."""
         raise NotImplementedError
 
     def stop(self):
@@ -181,9 +183,9 @@ class MemdFleet(Fleet):
 class KsmdFleet(Fleet):
     name = "ksmd"
 
-    def __init__(self, lab, ksmd):
+    def __init__(self, lab, engine):
         super().__init__(lab)
-        self.ksmd = ksmd
+        self.ksmd = engine
 
     def boot(self, count, memory, content):
         for number in range(1, count + 1):
@@ -197,26 +199,33 @@ class KsmdFleet(Fleet):
 
     def start(self):
         cpu = self.engine_cpu()
-        self.ksmd.start(FULL_SPEED)
+        self.ksmd.start(ksmd.FULL_SPEED)
         return cpu
 
     def slow_down(self, pass_s):
-        pages = sum(end - start for guest in self.guests for start, end in guest.blocks) // PAGE
-        wakes = pass_s * 1000 / 20
-        self.ksmd.start({"sleep_millisecs": "20", "pages_to_scan": str(max(1, int(pages / wakes)))})
-        self.ksmd.pace(pass_s)
+        sleep_s = 0.02
+        pages = self.ksmd.pages_of_a_pass(SMART_SCAN_PASSES)
+        self.ksmd.start({"sleep_millisecs": str(round(1000 * sleep_s)),
+                         "pages_to_scan": str(max(1, round(pages * sleep_s / pass_s)))})
 
     def saved_pages(self):
-        return self.ksmd.saved_pages()
+        """Comparable with memd's pages_sharing + zero_pages. As shipped ksmd does not drop zero pages
+        but merges them with each other; yet when it splits a huge page, Linux 6.12 and later drop
+        those of its pages that are zeros, and count them nowhere."""
+        return ksmd.number("pages_sharing") + sum(ram.zero_page_users(guest.pid, guest.blocks)
+                                                  for guest in self.guests)
 
     def engine_cpu(self):
         thread = procs.kernel_thread("ksmd")
         return {"ksmd_s": procs.CpuSum(lambda: [(thread, thread)])}
 
+    def wait_pass(self):
+        self.ksmd.wait_pass()
+
     def rest(self, seconds):
         start, passes = time.monotonic(), 0
         while time.monotonic() - start < seconds:
-            self.ksmd.wait_pass()
+            self.wait_pass()
             passes += 1
         return time.monotonic() - start, (time.monotonic() - start) / passes
 
@@ -239,7 +248,7 @@ class Machine:
 
     def ksmd(self):
         if not self._ksmd:
-            self._ksmd = Ksmd()
+            self._ksmd = ksmd.Ksmd()
             self._stack.callback(self._ksmd.close)
         return self._ksmd
 

@@ -91,21 +91,14 @@ class Ksmd:
         self.set(AS_SHIPPED, run="0")
 
     @staticmethod
-    def saved_pages():
-        """Comparable with memd's pages_sharing + zero_pages. As shipped ksmd has no zero pages:
-        it merges them with each other, and they are among pages_sharing."""
-        return number("pages_sharing") + number("ksm_zero_pages")
-
-    def pace(self, pass_s):
-        """Sets pages_to_scan so that a pass over what is mergeable now takes pass_s: from the time
-        that a pass takes with a first guess. Takes two passes and more."""
-        self.wait_pass()
-        for _ in range(2):
-            took = self.wait_pass()
-            if abs(took - pass_s) < 0.1 * pass_s:
-                break
-            pages = max(1, round(int(read("pages_to_scan")) * took / pass_s))
-            write("pages_to_scan", str(pages))
+    def pages_of_a_pass(passes):
+        """How many pages a pass looks at, of the next few. With smart_scan they differ: a page that
+        was found unshareable is left out of up to eight."""
+        Ksmd.wait_pass()
+        before = number("pages_scanned")
+        for _ in range(passes):
+            Ksmd.wait_pass()
+        return (number("pages_scanned") - before) / passes
 
     @staticmethod
     def wait_pass(limit_s=60):

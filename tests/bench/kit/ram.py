@@ -138,27 +138,37 @@ def both_absent(one, other):
     return (next(as_number) & next(as_number)).bit_count()
 
 
-# ---- huge pages ----
+# ---- what kind of pages there are ----
 
 PAGEMAP_SCAN = 0xc0606610  # _IOWR('f', 16, struct pm_scan_arg), linux/fs.h
-PAGE_IS_HUGE = 1 << 6
-REGION = struct.Struct("QQQ")
+PAGE_IS_PFNZERO, PAGE_IS_HUGE = 1 << 5, 1 << 6
+REGIONS = 4096
+REGION, ARGUMENT = struct.Struct("3Q"), struct.Struct("12Q")
+
+
+def scan(pid, blocks, category):
+    """The ranges of addresses in the blocks that are of this category."""
+    regions = ctypes.create_string_buffer(REGION.size * REGIONS)
+    with open(f"/proc/{pid}/pagemap", "rb") as pagemap:
+        for start, end in blocks:
+            while start < end:
+                argument = bytearray(ARGUMENT.pack(ARGUMENT.size, 0, start, end, 0,
+                                                   ctypes.addressof(regions), REGIONS, 0, 0, category, 0,
+                                                   category))
+                count = fcntl.ioctl(pagemap, PAGEMAP_SCAN, argument)
+                for low, high, _ in itertools.islice(REGION.iter_unpack(regions.raw), count):
+                    yield low, high
+                start = ARGUMENT.unpack(argument)[4]  # how far it came
 
 
 def huge_pages(pid, blocks):
     """The addresses of all huge pages in the blocks."""
-    regions = ctypes.create_string_buffer(REGION.size * 4096)
-    found = set()
-    with open(f"/proc/{pid}/pagemap", "rb") as pagemap:
-        for start, end in blocks:
-            while start < end:
-                argument = bytearray(struct.pack("12Q", 96, 0, start, end, 0, ctypes.addressof(regions),
-                                                 4096, 0, 0, PAGE_IS_HUGE, 0, PAGE_IS_HUGE))
-                count = fcntl.ioctl(pagemap, PAGEMAP_SCAN, argument)
-                for low, high, _ in itertools.islice(REGION.iter_unpack(regions.raw), count):
-                    found |= set(range(low, high, HUGE))
-                start = struct.unpack("12Q", argument)[4]  # walk_end
-    return found
+    return {at for low, high in scan(pid, blocks, PAGE_IS_HUGE) for at in range(low, high, HUGE)}
+
+
+def zero_page_users(pid, blocks):
+    """How many pages of the blocks are the kernel's one page of zeros."""
+    return sum(high - low for low, high in scan(pid, blocks, PAGE_IS_PFNZERO)) // PAGE
 
 
 def hot_pieces(blocks, first, second, share):
