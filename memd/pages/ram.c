@@ -188,8 +188,10 @@ static int map_shadow(struct ram_block *block)
     if (start > area)
         sys_munmap(area, (size_t)(start - area));
     sys_munmap(start + bytes, (size_t)(area + 2 * HUGE_BYTES - start));
-    if (sys_failed(at))
+    if (sys_failed(at)) {
+        sys_munmap(start, bytes); /* what was reserved for it, if that is still there */
         return (int)(intptr_t)at;
+    }
     /* Touched before MADV_HUGEPAGE: one page. All of the shadow must stay one VMA: it is this
      * VMA's anon_vma that the guest's memory gets. */
     at[bytes - PAGE_BYTES] = 1;
@@ -221,9 +223,10 @@ static int map_arrays(struct ram_block *block)
     size_t young_bytes = (pages + 63) / 64 * 8;
     size_t slots_bytes = pages * sizeof(uint32_t);
     size_t chunks_bytes = block->chunk_count * sizeof(struct chunk);
+    size_t shared_bytes = block->chunk_count * sizeof(uint16_t);
     uint8_t *at;
 
-    block->arrays_bytes = 2 * young_bytes + slots_bytes + chunks_bytes + pages;
+    block->arrays_bytes = 2 * young_bytes + slots_bytes + chunks_bytes + shared_bytes + pages;
     at = sys_mmap(NULL, block->arrays_bytes, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (sys_failed(at))
@@ -236,7 +239,8 @@ static int map_arrays(struct ram_block *block)
     at += 2 * young_bytes;
     block->slots = (uint32_t *)at;
     block->chunks = (struct chunk *)(at + slots_bytes);
-    block->table = at + slots_bytes + chunks_bytes;
+    block->chunk_shared = (uint16_t *)(at + slots_bytes + chunks_bytes);
+    block->table = at + slots_bytes + chunks_bytes + shared_bytes;
     return 0;
 }
 
@@ -386,6 +390,8 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
         }
         block->counts[from]--;
         block->counts[to]++;
+        if ((to == PLACE_SHARED) != (from == PLACE_SHARED))
+            block->chunk_shared[ram_chunk_of(block, i)] += to == PLACE_SHARED ? 1 : -1;
         block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
     }
 }

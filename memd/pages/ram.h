@@ -77,6 +77,7 @@ struct chunk {
     uint8_t backoff;     /* hot: passes to skip before it is looked at again */
     uint8_t hot_passes;  /* armed: passes in a row in which nearly all of it was written; huge:
                             the last backoff */
+    uint8_t quiet;       /* armed: passes in a row that found nothing written */
     uint32_t changed_ms; /* huge: when the samples last were not what they had been */
     uint32_t samples[CHUNK_SAMPLES];
 };
@@ -100,6 +101,7 @@ struct ram_block {
     uint64_t *told;        /* bitmap: memd was told that the page is shared (scanner only) */
     uint64_t *young; /* bitmap: written at the last scan, not yet offered (consumer: sharing) */
     struct chunk *chunks;
+    uint16_t *chunk_shared; /* one a chunk: its pages that are shared */
     uint64_t counts[PLACE_COUNT];
     uint64_t captives;
     void *arrays; /* what the pointers above point into, one mapping */
@@ -204,6 +206,12 @@ static inline uint32_t ram_chunk_end(const struct ram_block *block, uint32_t c)
 static inline uint32_t ram_chunk_of(const struct ram_block *block, uint32_t index)
 {
     return (index + block->chunk_offset) / (uint32_t)HUGE_PAGES;
+}
+
+/* Every page of the chunk is shared: whoever writes there runs into the fault handler. */
+static inline bool ram_chunk_is_shared(const struct ram_block *block, uint32_t c)
+{
+    return block->chunk_shared[c] == ram_chunk_end(block, c) - ram_chunk_first(block, c);
 }
 
 static inline bool ram_young(const struct ram_block *block, uint32_t index)

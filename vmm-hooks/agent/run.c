@@ -260,6 +260,7 @@ static uint64_t scan_turn(struct memd_vm *vm)
         vm->in_pass = true;
         vm->scanner.now_ms = (uint32_t)(now / 1000000);
         vm->scanner.settle_ms = vm->revisit_ms;
+        vm->scanner.lazy = vm->interval_ms > FIRST_INTERVAL_MS && vm->interval_ms >= vm->revisit_ms;
         vm->scanner.pass_candidates = 0;
         vm->scanner.pass_written = 0;
     }

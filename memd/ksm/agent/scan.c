@@ -27,6 +27,7 @@ struct chunk_view {
     struct ram_block *block;
     struct chunk *chunk;
     uint32_t first, end; /* pages */
+    bool whole;          /* just armed: nothing is protected yet */
 };
 
 /* Lists the pages with one of `anyof`, all of `mask`. Returns the number of regions or -errno. */
@@ -146,21 +147,30 @@ static void review_armed(struct chunk_view *view, uint32_t written)
                        CHUNK_EMPTY);
 }
 
-/* Looks first without protecting: a protecting scan makes the kernel notify KVM of the whole
- * range. The second, protecting scan is the one that counts. */
+/* Lists what was written, and protects it again, where the survey saw writes: a protecting scan
+ * makes the kernel notify KVM of the whole range. What was written elsewhere since the survey, the
+ * next pass finds. */
+static int list_written(struct chunk_view *view)
+{
+    uint32_t chunk = (uint32_t)(view->chunk - view->block->chunks);
+    struct survey_extent written = survey_written(&view->scanner->survey, view->block, chunk);
+    struct chunk_view part = *view;
+
+    if (view->whole)
+        written = (struct survey_extent){.end = (uint16_t)(view->end - view->first)};
+    if (written.end == 0)
+        return 0;
+    part.first = view->first + written.first;
+    part.end = view->first + written.end;
+    return list_pages(&part, PM_SCAN_WP_MATCHING, PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN, 0);
+}
+
 static void scan_armed(struct chunk_view *view)
 {
-    const uint64_t mask = PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN;
     struct page_region *regions = view->scanner->regions;
-    struct chunk_view part = *view;
     uint32_t written = 0;
-    int count = list_pages(view, 0, mask, 0);
+    int count = list_written(view);
 
-    if (count > 0) {
-        part.first = page_at(view, regions[0].start);
-        part.end = page_at(view, regions[count - 1].end);
-        count = list_pages(&part, PM_SCAN_WP_MATCHING, mask, 0);
-    }
     for (int r = 0; r < count; r++)
         for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES)
             ram_set_young(view->block, page_at(view, at), false);
@@ -180,6 +190,7 @@ static void arm(struct chunk_view *view)
         return;
     memset(view->chunk, 0, sizeof(*view->chunk));
     view->chunk->state = CHUNK_ARMED;
+    view->whole = true;
     scan_armed(view);
 }
 
@@ -433,6 +444,23 @@ static enum scan_result end_pass(struct scanner *scanner)
     return SCAN_PASS_END;
 }
 
+/* Goes on to the next chunk of the block that may have something to look at. */
+static void skip_quiet(struct scanner *scanner, struct ram_block *block)
+{
+    struct survey *survey = &scanner->survey;
+
+    if (survey_is_due(survey, block, scanner->chunk_at)) {
+        lock_take(&block->lock);
+        survey->pass = scanner->passes;
+        survey->lazy = scanner->lazy;
+        if (block->live && !block->resting)
+            survey_take(survey, scanner->ram, block, scanner->chunk_at, scanner->regions);
+        lock_release(&block->lock);
+    }
+    while (survey_is_quiet(survey, block, scanner->chunk_at))
+        scanner->chunk_at++;
+}
+
 enum scan_result scan_step(struct scanner *scanner)
 {
     struct guest_ram *ram = scanner->ram;
@@ -444,12 +472,17 @@ enum scan_result scan_step(struct scanner *scanner)
     block = &ram->blocks[scanner->block_at];
     if (!block->live || scanner->chunk_at >= block->chunk_count) {
         scanner->have_pending = false;
+        scanner->survey.block = NULL;
         scanner->block_at++;
         scanner->chunk_at = 0;
         return SCAN_MORE;
     }
-    if (!scanner->have_pending)
+    if (!scanner->have_pending) {
+        skip_quiet(scanner, block);
+        if (survey_is_due(&scanner->survey, block, scanner->chunk_at) && !block->resting)
+            return SCAN_MORE; /* all of it was quiet */
         scan_chunk(scanner, block);
+    }
     if (scanner->have_pending && !look_at_pending(scanner, block))
         return SCAN_FULL;
     scanner->chunk_at++;
@@ -470,6 +503,7 @@ void scan_forget(struct scanner *scanner)
         lock_release(&block->lock);
     }
     scanner->have_pending = false;
+    scanner->survey.block = NULL;
     scanner->block_at = 0;
     scanner->chunk_at = 0;
 }

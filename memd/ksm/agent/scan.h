@@ -2,7 +2,8 @@
 /*
  * Finding what changed, without reading it.
  *
- * A pass walks all blocks, one 2 MiB chunk a step. In an armed chunk the kernel lists the pages
+ * A pass walks all blocks, one 2 MiB chunk a step; stretches in which nothing has happened since
+ * the last pass are passed over at once (survey.h). In an armed chunk the kernel lists the pages
  * that were written since the last pass (PAGEMAP_SCAN with WP_ASYNC), and protects them again: 2
  * to 4 ns a page when nothing changed. A page that was written is *young*; one that stays unwritten
  * for a pass (more, if its shares were broken before) is a candidate: it is read once, dropped if
@@ -22,6 +23,7 @@
 #include "hash.h"
 #include "kernel_abi.h"
 #include "ram.h"
+#include "survey.h"
 
 struct scan_sink {
     /* Takes a candidate; false when there is no room now. */
@@ -43,7 +45,9 @@ struct scanner {
     struct scan_sink sink;
     uint32_t now_ms;    /* the caller's clock, set before each pass; may wrap */
     uint32_t settle_ms; /* a huge page is cold when it has not changed for so long */
+    bool lazy; /* set by the caller: what has been quiet for long is left out of most passes */
     uint32_t block_at, chunk_at;
+    struct survey survey; /* of chunk_at and what comes behind it */
     uint64_t pending[HUGE_PAGES / 64]; /* candidates of the current chunk still to be looked at */
     bool have_pending;
     uint64_t pass_written;    /* pages found written in this pass */
