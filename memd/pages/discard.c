@@ -35,6 +35,26 @@ static uint32_t count_shared(const struct ram_block *block, uint32_t index, uint
     return shared;
 }
 
+/* Where nothing else can be mapped: the kernel copies each page as the zeros are written to it.
+ * Only on a thread of the VMM, which may touch guest RAM. */
+static int zero_in_place(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                         uint32_t pages)
+{
+    int r =
+        uffd_protect(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES, false);
+
+    if (r < 0 && r != -ENOENT) /* not registered: nothing is protected there */
+        return r;
+    for (uint32_t i = index; i < index + pages; i++) {
+        memset(ram_address(block, i), 0, PAGE_BYTES);
+        if (ram_place(block, i) == PLACE_SHARED)
+            ram_move_places(ram, block, i, 1, TRANSITION_BREAK);
+        ram_set_captive(block, i, true);
+    }
+    uffd_wake(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    return 0;
+}
+
 static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint32_t index,
                             uint32_t pages)
 {
@@ -42,6 +62,8 @@ static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint
     uint32_t shared = count_shared(block, index, pages);
     int r = remap_to_absent(ram, block, index, pages, arm);
 
+    if (r < 0)
+        r = zero_in_place(ram, block, index, pages);
     if (r == 0 && shared) {
         ram_note_broken(ram, block, index, pages);
         ram->unmerges -= pages - shared; /* captives had ended before */
@@ -163,9 +185,22 @@ static uint32_t unshare(struct guest_ram *ram, struct ram_block *block, uint32_t
     return left;
 }
 
-uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t segment)
+uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_t c,
+                         uint32_t segment)
 {
-    return unshare(ram, block, 0, block->pages, segment);
+    return unshare(ram, block, ram_chunk_first(block, c), ram_chunk_end(block, c), segment);
+}
+
+void discard_forget(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    for (uint32_t i = index; i < index + pages; i++) {
+        if (!in_store(block, i))
+            continue;
+        if (ram_place(block, i) == PLACE_SHARED)
+            ram_note_broken(ram, block, i, 1);
+        ram_set_captive(block, i, false);
+        ram_move_places(ram, block, i, 1, TRANSITION_DISCARD);
+    }
 }
 
 void discard_shares(struct guest_ram *ram, struct ram_block *block, uint32_t c)
@@ -184,15 +219,14 @@ void discard_shares(struct guest_ram *ram, struct ram_block *block, uint32_t c)
     }
 }
 
-uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block)
+uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block, uint32_t c)
 {
     /* Armed, though that is taken back below: where some can't be made private the chunk stays
      * armed, and in an armed chunk everything that may be frozen is registered. */
-    uint32_t left = unshare(ram, block, 0, block->pages, SLOT_NONE);
+    uint32_t left =
+        unshare(ram, block, ram_chunk_first(block, c), ram_chunk_end(block, c), SLOT_NONE);
 
-    block->resting = true;
-    for (uint32_t c = 0; left == 0 && c < block->chunk_count; c++)
-        if (block->chunks[c].state == CHUNK_ARMED)
-            discard_disarm(ram, block, c, CHUNK_EMPTY);
+    if (left == 0 && block->chunks[c].state == CHUNK_ARMED)
+        discard_disarm(ram, block, c, CHUNK_EMPTY);
     return left;
 }

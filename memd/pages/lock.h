@@ -35,7 +35,7 @@ static inline void lock_take(struct lock *lock)
      * holder is just letting go or ending). */
     while (!lock_swap(lock, 0, self) &&
            sys_call4(SYS_futex, &lock->word, FUTEX_LOCK_PI_PRIVATE, 0, NULL) != 0)
-        ;
+        sys_call0(SYS_sched_yield); /* a kernel without PI futexes: slow, and right */
 }
 
 static inline void lock_release(struct lock *lock)

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "sys.h"
 
@@ -217,4 +218,35 @@ bool procfs_swap_is_on(void)
     unsigned lines = 0;
 
     return procfs_lines("/proc/swaps", count_line, &lines) < 0 || lines > 1; /* a heading first */
+}
+
+/* Sizes of this process in pages: the first and the sixth number of /proc/self/statm. */
+struct statm {
+    uint64_t total, data;
+};
+
+static bool statm_line(void *context, const char *text)
+{
+    struct statm *statm = context;
+
+    statm->total = number(&text, 10);
+    for (int i = 0; i < 5 && *text == ' '; i++) {
+        text++;
+        statm->data = number(&text, 10);
+    }
+    return false;
+}
+
+bool procfs_within_limits(void)
+{
+    struct rlimit64 space = {0}, data = {0};
+    struct statm statm = {0};
+
+    if (sys_call4(SYS_prlimit64, 0, RLIMIT_AS, NULL, &space) < 0 ||
+        sys_call4(SYS_prlimit64, 0, RLIMIT_DATA, NULL, &data) < 0)
+        return false;
+    if (space.rlim_cur == RLIM64_INFINITY && data.rlim_cur == RLIM64_INFINITY)
+        return true;
+    return procfs_lines("/proc/self/statm", statm_line, &statm) == 0 &&
+           statm.total <= space.rlim_cur / 4096 && statm.data <= data.rlim_cur / 4096;
 }

@@ -33,6 +33,9 @@ long procfs_number(const char *path);
  */
 bool procfs_kernel_below(unsigned major, unsigned minor);
 
+/* Is this process within its RLIMIT_AS and RLIMIT_DATA, as far as can be told? */
+bool procfs_within_limits(void);
+
 /* Is there any swap space? True when that can't be read. */
 bool procfs_swap_is_on(void);
 

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -10,6 +11,9 @@
 #include "kernel_abi.h"
 #include "procfs.h"
 #include "uffd.h"
+
+/* CONFIG_NODES_SHIFT is 10 at most. */
+#define NUMA_MASK_WORDS (1024 / (8 * sizeof(unsigned long)))
 
 static uint8_t zero_page[PAGE_BYTES] __attribute__((aligned(4096)));
 
@@ -168,6 +172,26 @@ void ram_apply_attributes(uint8_t *at, size_t bytes, uint32_t attributes)
         sys_madvise(at, bytes, MADV_NOHUGEPAGE);
 }
 
+void ram_apply_policy(const struct ram_block *block, int mode, const unsigned long *mask,
+                      unsigned long max)
+{
+    sys_call6(SYS_mbind, SYS_ARG(block->shadow), (long)((size_t)(block->pages + 1) * PAGE_BYTES),
+              mode, SYS_ARG(mask), (long)max, 0);
+}
+
+/* The policy that the VMM has given its memory already. One that holds for the process needs no
+ * copy, and a kernel without NUMA has none. */
+static void copy_policy(const struct ram_block *block)
+{
+    unsigned long mask[NUMA_MASK_WORDS] = {0};
+    unsigned long max = sizeof(mask) * 8;
+    int mode = 0;
+
+    if (sys_call5(SYS_get_mempolicy, &mode, mask, max, block->base, MPOL_F_ADDR) == 0 &&
+        mode != MPOL_DEFAULT)
+        ram_apply_policy(block, mode, mask, max);
+}
+
 /* An address for the shadow that is congruent to the block's modulo 2 MiB, so that huge pages of
  * the guest keep their alignment when it is made of a piece of the shadow. One page more than the
  * block: that page is touched, and holds the anon_vma when everything else has been moved out. */
@@ -275,6 +299,7 @@ static int prepare_memory(struct guest_ram *ram, struct ram_block *block, bool f
         r = map_shadow(block);
     if (r < 0)
         return r;
+    copy_policy(block);
     if (fresh && is_empty(ram, block)) {
         moved = sys_mremap(block->shadow, bytes, bytes,
                            MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, block->base);

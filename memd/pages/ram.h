@@ -155,6 +155,10 @@ int ram_inspect(const void *base, size_t bytes, uint32_t *ret_attributes, const 
 /* Gives a mapping the attributes (RAM_...). */
 void ram_apply_attributes(uint8_t *at, size_t bytes, uint32_t attributes);
 
+/* Gives the block's shadow, and so what is made of it, a NUMA policy: mbind(2)'s arguments. */
+void ram_apply_policy(const struct ram_block *block, int mode, const unsigned long *mask,
+                      unsigned long max);
+
 /* The live block that holds `address`, or NULL. */
 struct ram_block *ram_find(struct guest_ram *ram, const void *address);
 /* The live block that holds guest page `page`, or NULL. */

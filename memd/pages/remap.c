@@ -5,9 +5,28 @@
 #include <sys/mman.h>
 
 #include "kernel_abi.h"
+#include "procfs.h"
 #include "uffd.h"
 
 #define REMAP_FLAGS (MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)
+
+/*
+ * Moves a mapping over the guest's address and leaves the place that it came from empty.
+ *
+ * mremap unmaps what is at its target before it asks whether the process may have so much memory.
+ * Within the limits the answer is yes: as much was just unmapped, and the address space stays
+ * locked in between. It is no where a limit was lowered below what is in use, and the guest would
+ * be left with a gap; so that is asked first.
+ */
+static int move_over(uint8_t *from, size_t bytes, uint8_t *to)
+{
+    void *moved;
+
+    if (!procfs_within_limits())
+        return -ENOMEM;
+    moved = sys_mremap(from, bytes, bytes, REMAP_FLAGS, to);
+    return sys_failed(moved) ? (int)(intptr_t)moved : 0;
+}
 
 int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
@@ -103,11 +122,10 @@ int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t inde
 {
     uint8_t *at = ram_address(block, index);
     size_t bytes = (size_t)pages * PAGE_BYTES;
-    void *mapped = sys_mremap(view, bytes, bytes, REMAP_FLAGS, at);
-    int r;
+    int r = move_over(view, bytes, at);
 
-    if (sys_failed(mapped))
-        return (int)(intptr_t)mapped;
+    if (r < 0)
+        return r;
     r = uffd_register(ram->store_fd, at, bytes, UFFDIO_REGISTER_MODE_WP);
     if (r == 0)
         r = uffd_protect(ram->store_fd, at, bytes, true);
@@ -162,7 +180,6 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
     struct page_source *source = &ram->sources[PLACE_SHARED];
     uint8_t *shadow = ram_shadow(block, index);
     const void *bytes;
-    void *moved;
     int run;
     int r;
 
@@ -172,11 +189,10 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
     r = fill_shadow(ram, shadow, bytes, (uint32_t)run);
     if (r < 0)
         return r;
-    moved = sys_mremap(shadow, (size_t)run * PAGE_BYTES, (size_t)run * PAGE_BYTES, REMAP_FLAGS,
-                       ram_address(block, index));
-    if (sys_failed(moved)) {
+    r = move_over(shadow, (size_t)run * PAGE_BYTES, ram_address(block, index));
+    if (r < 0) {
         sys_madvise(shadow, (size_t)run * PAGE_BYTES, MADV_DONTNEED);
-        return (int)(intptr_t)moved;
+        return r;
     }
     if (arm)
         arm_moved(ram, block, index, (uint32_t)run);
@@ -189,11 +205,10 @@ int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t ind
                     bool arm)
 {
     size_t bytes = (size_t)pages * PAGE_BYTES;
-    void *moved =
-        sys_mremap(ram_shadow(block, index), bytes, bytes, REMAP_FLAGS, ram_address(block, index));
+    int r = move_over(ram_shadow(block, index), bytes, ram_address(block, index));
 
-    if (sys_failed(moved))
-        return (int)(intptr_t)moved;
+    if (r < 0)
+        return r;
     for (uint32_t i = index; i < index + pages; i++)
         ram_set_captive(block, i, false);
     if (arm)

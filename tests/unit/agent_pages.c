@@ -6,10 +6,13 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -89,10 +92,21 @@ static void set_up(void)
     cr_assert_eq(segments_add(&segments, 1, 1024, make_segment(1024, 1000, ALL_SEALS)), 0);
 }
 
+/* As agent_stand_down does it. Returns what could not be made private. */
+static uint32_t stand_down(struct ram_block *of)
+{
+    uint32_t left = 0;
+
+    of->resting = true;
+    for (uint32_t c = 0; c < of->chunk_count; c++)
+        left += discard_stand_down(&ram, of, c);
+    return left;
+}
+
 static void tear_down(void)
 {
     lock_take(&block->lock);
-    cr_assert_eq(discard_stand_down(&ram, block), 0);
+    cr_assert_eq(stand_down(block), 0);
     lock_release(&block->lock);
     fault_stop(&handler);
 }
@@ -177,6 +191,8 @@ Test(agent_pages, a_write_breaks_only_its_own_page_at_first)
     cr_assert_eq(ram_place(block, 529), PLACE_SHARED);
     cr_assert_eq(ram_place(block, 531), PLACE_SHARED);
     cr_assert_eq(ram_address(block, 530)[7], 0x55);
+    lock_take(&block->lock); /* the handler has noted it when it lets go of this */
+    lock_release(&block->lock);
     cr_assert_eq(ram.broken.count, 1);
     cr_assert_eq(ram.broken.pages[0], 530);
     assert_sums();
@@ -299,7 +315,7 @@ Test(agent_pages, segments_can_be_given_up_one_by_one)
     merge(0, 0, 64, outcomes);
     merge_pages(&ram, &segments, block, 64, SLOT(2, 0), 64, outcomes, &stats);
     lock_take(&block->lock);
-    cr_assert_eq(discard_segment(&ram, block, 2), 0);
+    cr_assert_eq(discard_segment(&ram, block, 0, 2), 0);
     lock_release(&block->lock);
     segments_remove(&segments, 2);
     cr_assert_eq(block->counts[PLACE_SHARED], 64);
@@ -349,7 +365,7 @@ Test(agent_pages, a_run_of_faults_does_not_stick_at_the_end_of_a_vma)
     for (uint32_t i = 190; i < 210; i++)
         cr_assert_eq(ram_address(old, i)[0], 0);
     lock_take(&old->lock);
-    cr_assert_eq(discard_stand_down(&ram, old), 0);
+    cr_assert_eq(stand_down(old), 0);
     lock_release(&old->lock);
 }
 
@@ -379,7 +395,7 @@ Test(agent_pages, a_fault_that_is_told_of_late_puts_nothing_into_the_vmm_s_own_u
     unsigned char there = 0xff;
 
     lock_take(&block->lock);
-    cr_assert_eq(discard_stand_down(&ram, block), 0);
+    cr_assert_eq(stand_down(block), 0);
     lock_release(&block->lock);
     cr_assert_eq(uffd_register(fd, ram_address(block, 0), HUGE_BYTES, UFFDIO_REGISTER_MODE_MISSING),
                  0);
@@ -435,4 +451,94 @@ Test(agent_pages, pages_that_may_have_been_written_unseen_are_not_called_shared)
     cr_assert_eq(ram.broken.count, 1);
     cr_assert_eq(ram.broken.pages[0], 1);
     assert_sums();
+}
+
+static void lower_limit(int resource)
+{
+    struct rlimit limit;
+
+    cr_assert_eq(getrlimit(resource, &limit), 0);
+    limit.rlim_cur = 1 << 20;
+    cr_assert_eq(setrlimit(resource, &limit), 0);
+}
+
+/* mremap unmaps its target before it finds that the process may not have more. */
+static void works_below_a_lowered_limit(int resource)
+{
+    uint8_t outcomes[16];
+
+    fill_guest(0, 16, 1000);
+    merge(0, 0, 8, outcomes);
+    lower_limit(resource);
+    ram_address(block, 1)[9]++;
+    ram_address(block, 1)[9]--;
+    lock_take(&block->lock);
+    cr_assert_eq(discard_pages(&ram, block, 4, 2, MADV_DONTNEED), 0);
+    lock_release(&block->lock);
+    merge_pages(&ram, &segments, block, 8, SLOT(1, 8), 8, outcomes, &stats);
+    cr_assert_eq(outcomes[0], NOT_MERGED_BUDGET);
+    for (uint32_t i = 0; i < 16; i++)
+        if (i == 4 || i == 5)
+            cr_assert(hash_page_is_zero(ram_address(block, i)), "page %u", i);
+        else
+            cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+    assert_sums();
+    setrlimit(resource, &(struct rlimit){RLIM_INFINITY, RLIM_INFINITY});
+}
+
+Test(agent_pages, a_limit_on_the_address_space_that_was_lowered_leaves_no_gap)
+{
+    works_below_a_lowered_limit(RLIMIT_AS);
+}
+
+Test(agent_pages, a_limit_on_data_that_was_lowered_leaves_no_gap)
+{
+    works_below_a_lowered_limit(RLIMIT_DATA);
+}
+
+/* A discard there would put memory of ours over what the VMM has mapped since. */
+Test(agent_pages, what_the_vmm_unmaps_is_not_remembered_as_the_store_s)
+{
+    uint8_t outcomes[4];
+
+    fill_guest(0, 4, 1000);
+    merge(0, 0, 4, outcomes);
+    lock_take(&block->lock);
+    ram_move_places(&ram, block, 1, 1, TRANSITION_BREAK);
+    ram_set_captive(block, 1, true);
+    discard_forget(&ram, block, 0, 3);
+    lock_release(&block->lock);
+    cr_assert_eq(block->captives, 0);
+    cr_assert_eq(block->counts[PLACE_SHARED], 1);
+    for (uint32_t i = 0; i < 3; i++)
+        cr_assert_eq(ram_place(block, i), PLACE_ABSENT);
+    assert_sums();
+}
+
+static bool has_policy(const uint8_t *at, const char *policy)
+{
+    char line[512], wanted[32];
+    bool found = false;
+    FILE *file = fopen("/proc/self/numa_maps", "r");
+
+    snprintf(wanted, sizeof(wanted), "%lx %s", (unsigned long)(uintptr_t)at, policy);
+    while (file && !found && fgets(line, sizeof(line), file))
+        found = strncmp(line, wanted, strlen(wanted)) == 0;
+    if (file)
+        fclose(file);
+    return found;
+}
+
+Test(agent_pages, a_numa_policy_of_fresh_memory_is_kept)
+{
+    unsigned long node_0 = 1;
+    uint8_t *at =
+        mmap(NULL, HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct ram_block *other;
+
+    if (syscall(SYS_mbind, at, HUGE_BYTES, MPOL_PREFERRED, &node_0, 64, 0) < 0)
+        cr_skip("this kernel has no NUMA policies");
+    cr_assert(has_policy(at, "prefer"));
+    cr_assert_eq(ram_add(&ram, at, HUGE_BYTES, 0, true, &other), 0);
+    cr_assert(has_policy(at, "prefer"));
 }

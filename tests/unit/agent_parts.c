@@ -1,14 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The small parts of the agent: transitions, hashes, the gate, the ring, the O_DIRECT list. */
+/* The small parts of the agent: transitions, hashes, the gate, the ring, the VMM's descriptors. */
 #include <criterion/criterion.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
 #include <stddef.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include "descriptors.h"
 #include "gate.h"
 #include "hash.h"
-#include "odirect.h"
 #include "procfs.h"
 #include "rpc.h"
 #include "transitions.h"
@@ -135,20 +139,40 @@ Test(gate, pause_and_resume_come_in_pairs)
     cr_assert_eq(gate_pause(&gate), -ENOTSUP);
 }
 
-Test(odirect, network_and_unknown_file_systems_are_not_trusted)
+Test(descriptors, network_and_unknown_file_systems_are_not_trusted)
 {
     char reason[PROTOCOL_TEXT_BYTES];
 
-    cr_assert(odirect_is_known_good(0xef53));
-    cr_assert(odirect_is_known_good(0x58465342));
-    cr_assert(!odirect_is_known_good(0x6969));     /* NFS */
-    cr_assert(!odirect_is_known_good(0x00c36400)); /* Ceph */
-    cr_assert(!odirect_is_known_good(0x01021997)); /* 9p */
-    cr_assert(!odirect_is_known_good(0x794c7630)); /* overlayfs: who knows what is below */
-    cr_assert(odirect_check(reason));
+    cr_assert(descriptors_is_known_good(0xef53));
+    cr_assert(descriptors_is_known_good(0x58465342));
+    cr_assert(!descriptors_is_known_good(0x6969));     /* NFS */
+    cr_assert(!descriptors_is_known_good(0x00c36400)); /* Ceph */
+    cr_assert(!descriptors_is_known_good(0x01021997)); /* 9p */
+    cr_assert(!descriptors_is_known_good(0x794c7630)); /* overlayfs: who knows what is below */
+    cr_assert(descriptors_check(false, reason));
 }
 
 static struct ring ring;
+
+/* Its word is told from those of KVM's other descriptors, and a kernel that pins forbids nothing.
+ */
+Test(descriptors, a_virtual_machine_that_may_nest_others_is_seen)
+{
+    char reason[PROTOCOL_TEXT_BYTES] = "";
+    int kvm, vm;
+
+    cr_assert(descriptors_is_kvm("anon_inode:kvm-vm"));
+    cr_assert(!descriptors_is_kvm("anon_inode:kvm-vcpu:0"));
+    kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    vm = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
+    if (vm < 0)
+        cr_skip("no /dev/kvm");
+    cr_assert(descriptors_check(false, reason));
+    cr_assert(!descriptors_check(true, reason));
+    cr_assert_not_null(strstr(reason, "nested=0"));
+    close(vm);
+    close(kvm);
+}
 
 Test(rpc, a_full_ring_takes_no_more_and_a_lying_tail_is_not_believed)
 {

@@ -82,11 +82,13 @@ struct memd_vm {
     bool sink_full;
     uint64_t next_pass_ns;
     uint64_t next_connect_ns;
-    uint64_t budget_ns; /* CPU time that may be used now */
+    uint64_t resume_wait_ns; /* standing down: until the next look whether that is over */
+    uint64_t budget_ns;      /* CPU time that may be used now */
     uint64_t budget_at_ns;
     uint64_t cpu_at_ns;
     uint64_t looked_at_ns; /* when it was last looked whether anything may be frozen */
     bool freeze_allowed;
+    bool unpinned_kvm; /* see descriptors.h */
     uint32_t vmas;
     uint32_t vma_limit;
 };
@@ -123,6 +125,8 @@ struct agent_leaving {
 void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
                        struct agent_leaving *leaving);
 void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving);
+/* Between the two: has something stayed in the store's mappings, which can't be moved elsewhere? */
+bool agent_leave_is_partial(const struct agent_leaving *leaving);
 
 /* memd_ram_discard with the VMM's own advice. 0 or -errno. */
 int agent_discard(struct memd_vm *vm, void *addr, size_t bytes, int advice);
@@ -140,6 +144,8 @@ uint32_t session_turn(struct memd_vm *vm);
 /* Tells memd of new blocks, blocks that left, and shares that ended. */
 void session_report(struct memd_vm *vm);
 void session_send_stats(struct memd_vm *vm);
+/* Tries once more to give back the segments that could not be given back when memd asked. */
+void session_drop_again(struct memd_vm *vm);
 /* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg);
 /* Waits for memd or for somebody to stop us. */

@@ -206,14 +206,38 @@ static bool is_private(const struct ram_block *block)
 }
 
 /* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
-static void let_go(struct memd_vm *vm, struct ram_block *block, bool unmapping)
+static void let_go(struct memd_vm *vm, struct ram_block *block)
 {
-    if (!unmapping) {
-        discard_stand_down(&vm->ram, block);
-        if (!is_private(block))
-            return;
+    block->resting = true;
+    for (uint32_t c = 0; c < block->chunk_count; c++)
+        discard_stand_down(&vm->ram, block, c);
+    if (is_private(block))
+        ram_forget(&vm->ram, block);
+}
+
+/* The part of [addr, addr + bytes) that lies in the block has another mapping soon. */
+static void forget_part(struct memd_vm *vm, struct ram_block *block, const uint8_t *addr,
+                        size_t bytes)
+{
+    const uint8_t *block_end = ram_address(block, block->pages);
+    const uint8_t *from = addr > block->base ? addr : block->base;
+    const uint8_t *to = addr + bytes < block_end ? addr + bytes : block_end;
+
+    discard_forget(&vm->ram, block, (uint32_t)((from - block->base) / (long)PAGE_BYTES),
+                   (uint32_t)((to - from + (long)PAGE_BYTES - 1) / (long)PAGE_BYTES));
+}
+
+/* Whole blocks that go need not be copied first. */
+static void take_leave(struct memd_vm *vm, struct ram_block *block, const uint8_t *addr,
+                       size_t bytes, bool unmapping)
+{
+    if (unmapping && covers(block, addr, bytes)) {
+        ram_forget(&vm->ram, block);
+        return;
     }
-    ram_forget(&vm->ram, block);
+    let_go(vm, block);
+    if (unmapping && block->live)
+        forget_part(vm, block, addr, bytes);
 }
 
 void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
@@ -233,7 +257,7 @@ void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapp
         struct ram_block *block = leaving->blocks[i];
         lock_take(&block->lock);
         if (block->live)
-            let_go(vm, block, unmapping && covers(block, addr, bytes));
+            take_leave(vm, block, addr, bytes, unmapping);
     }
 }
 
@@ -245,6 +269,14 @@ void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
         lock_release(&block->lock);
         lock_release(&block->reading);
     }
+}
+
+bool agent_leave_is_partial(const struct agent_leaving *leaving)
+{
+    for (uint32_t i = 0; i < leaving->count; i++)
+        if (leaving->blocks[i]->live)
+            return true;
+    return false;
 }
 
 int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
@@ -351,9 +383,14 @@ uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
         struct ram_block *block = &vm->ram.blocks[i];
         lock_take(&block->lock);
-        if (block->live)
-            left += discard_stand_down(&vm->ram, block);
+        block->resting = true;
         lock_release(&block->lock);
+        for (uint32_t c = 0; c < block->chunk_count; c++) {
+            lock_take(&block->lock);
+            if (block->live)
+                left += discard_stand_down(&vm->ram, block, c);
+            lock_release(&block->lock);
+        }
     }
     return left;
 }

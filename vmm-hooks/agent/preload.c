@@ -26,6 +26,9 @@
 #include "agent.h"
 #include "kernel_abi.h"
 
+/* Files that stand behind guest RAM: one a memory backend. */
+#define MAX_RAM_FILES 16U
+
 #define EXPORT __attribute__((visibility("default")))
 
 /* Blocks below this are ROMs and the like. */
@@ -51,11 +54,14 @@ static struct {
     uint32_t state;
     struct memd_vm *vm;
     uint32_t memory_locked; /* mlockall was seen before there was an agent */
-    /* The backing file of guest RAM that was answered with private memory. */
-    dev_t ram_device;
-    ino_t ram_inode;
-    uint8_t *ram_address;
-    size_t ram_bytes;
+    /* Backing files of guest RAM that were answered with private memory. */
+    uint32_t file_count;
+    struct ram_file {
+        dev_t device;
+        ino_t inode;
+        uint8_t *address;
+        size_t bytes;
+    } files[MAX_RAM_FILES];
 } preload;
 
 static long finish(long result)
@@ -203,6 +209,34 @@ static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int ad
     return r;
 }
 
+/* The RAM file that the VMM believes to be mapped at the address, or NULL. */
+static const struct ram_file *file_at(const void *addr)
+{
+    uint32_t count = __atomic_load_n(&preload.file_count, __ATOMIC_ACQUIRE);
+
+    for (uint32_t i = 0; i < count; i++) {
+        const struct ram_file *file = &preload.files[i];
+        if ((const uint8_t *)addr >= file->address &&
+            (const uint8_t *)addr < file->address + file->bytes)
+            return file;
+    }
+    return NULL;
+}
+
+/* The RAM file behind the VMM's descriptor, or NULL. */
+static const struct ram_file *file_of(int fd)
+{
+    uint32_t count = __atomic_load_n(&preload.file_count, __ATOMIC_ACQUIRE);
+    struct stat st;
+
+    if (count == 0 || sys_call2(SYS_fstat, fd, &st) < 0)
+        return NULL;
+    for (uint32_t i = 0; i < count; i++)
+        if (preload.files[i].device == st.st_dev && preload.files[i].inode == st.st_ino)
+            return &preload.files[i];
+    return NULL;
+}
+
 static int advise(void *addr, size_t bytes, int advice)
 {
     struct memd_vm *vm;
@@ -215,11 +249,9 @@ static int advise(void *addr, size_t bytes, int advice)
     if (vm->forked)
         return is_discard(advice) ? agent_discard_in_child(vm, addr, bytes, advice)
                                   : sys_madvise(addr, bytes, advice);
-    if (is_discard(advice)) {
-        bool is_fake_file = advice == MADV_REMOVE && (uint8_t *)addr >= preload.ram_address &&
-                            (uint8_t *)addr < preload.ram_address + preload.ram_bytes;
-        return agent_discard(vm, addr, bytes, is_fake_file ? MADV_DONTNEED : advice);
-    }
+    if (is_discard(advice))
+        return agent_discard(vm, addr, bytes,
+                             advice == MADV_REMOVE && file_at(addr) ? MADV_DONTNEED : advice);
     if (is_attribute(advice))
         return advise_attribute(vm, addr, bytes, advice);
     return sys_madvise(addr, bytes, advice);
@@ -274,13 +306,14 @@ static void *answer_ram_file(void *addr, size_t bytes, int prot, int flags, int 
     void *at;
     struct stat st;
 
+    /* A file too many is mapped as the VMM asked, and left alone. */
+    if (preload.file_count == MAX_RAM_FILES || sys_call2(SYS_fstat, fd, &st) < 0)
+        return sys_mmap(addr, bytes, prot, flags, fd, 0);
     flags &= ~(MAP_SHARED | MAP_SHARED_VALIDATE | MAP_SYNC);
     at = sys_mmap(addr, bytes, prot, flags | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (!sys_failed(at) && sys_call2(SYS_fstat, fd, &st) == 0) {
-        preload.ram_device = st.st_dev;
-        preload.ram_inode = st.st_ino;
-        preload.ram_address = at;
-        preload.ram_bytes = bytes;
+    if (!sys_failed(at)) {
+        preload.files[preload.file_count] = (struct ram_file){st.st_dev, st.st_ino, at, bytes};
+        __atomic_store_n(&preload.file_count, preload.file_count + 1, __ATOMIC_RELEASE);
     }
     return at;
 }
@@ -346,7 +379,10 @@ EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ..
     agent_leave_begin(vm, old, old_bytes ? old_bytes : PAGE_BYTES, false, &leaving);
     if (leaving.count == 0 && (flags & MREMAP_FIXED))
         agent_leave_begin(vm, to, new_bytes, true, &leaving);
-    at = sys_mremap(old, old_bytes, new_bytes, flags, to);
+    if (agent_leave_is_partial(&leaving))
+        at = (void *)-ENOMEM; /* a page in the store's mapping must not leave our sight */
+    else
+        at = sys_mremap(old, old_bytes, new_bytes, flags, to);
     agent_leave_end(vm, &leaving);
     return (void *)finish((long)at);
 }
@@ -369,13 +405,12 @@ EXPORT int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
 {
     long r = sys_call4(SYS_fallocate, fd, mode, offset, bytes);
     struct memd_vm *vm = discards_are_ours ? agent() : NULL;
-    struct stat st;
+    const struct ram_file *file =
+        r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) ? file_of(fd) : NULL;
 
-    if (r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) && preload.ram_address &&
-        sys_call2(SYS_fstat, fd, &st) == 0 && st.st_dev == preload.ram_device &&
-        st.st_ino == preload.ram_inode && offset >= 0 && bytes > 0 &&
-        (size_t)offset < preload.ram_bytes && (size_t)bytes <= preload.ram_bytes - (size_t)offset)
-        r = agent_discard(vm, preload.ram_address + offset, (size_t)bytes, MADV_DONTNEED);
+    if (file && offset >= 0 && bytes > 0 && (size_t)offset < file->bytes &&
+        (size_t)bytes <= file->bytes - (size_t)offset)
+        r = agent_discard(vm, file->address + offset, (size_t)bytes, MADV_DONTNEED);
     return (int)finish(r);
 }
 
@@ -421,6 +456,30 @@ EXPORT int mlockall(int flags)
 }
 
 /* A NUMA policy for whole blocks holds for the shadow too; for a part, the block is given back. */
+static void mirror_policy(struct memd_vm *vm, void *addr, size_t bytes, int mode,
+                          const unsigned long *mask, unsigned long max)
+{
+    struct agent_leaving leaving;
+    uint8_t *end = (uint8_t *)addr + bytes;
+
+    for (uint32_t i = 0; i < vm->ram.block_count; i++) {
+        struct ram_block *block = &vm->ram.blocks[i];
+        uint8_t *block_end = ram_address(block, block->pages);
+        if (!block->live || end <= block->base || (uint8_t *)addr >= block_end)
+            continue;
+        if ((uint8_t *)addr > block->base || end < block_end) {
+            agent_leave_begin(vm, block->base, PAGE_BYTES, false, &leaving);
+            agent_leave_end(vm, &leaving);
+            agent_say(vm, "the VMM gave a part of its RAM a NUMA policy of its own (mbind)");
+            continue;
+        }
+        lock_take(&block->lock);
+        if (block->live)
+            ram_apply_policy(block, mode, mask, max);
+        lock_release(&block->lock);
+    }
+}
+
 long mbind(void *addr, unsigned long bytes, int mode, const unsigned long *mask, unsigned long max,
            unsigned flags);
 
@@ -428,21 +487,9 @@ EXPORT long mbind(void *addr, unsigned long bytes, int mode, const unsigned long
                   unsigned long max, unsigned flags)
 {
     struct memd_vm *vm = concerned(addr, bytes);
-    struct ram_block *block = vm ? ram_find(&vm->ram, addr) : NULL;
-    struct agent_leaving leaving;
 
-    if (block && block->base == addr && (size_t)block->pages * PAGE_BYTES <= bytes) {
-        lock_take(&block->lock);
-        if (block->live)
-            sys_call6(SYS_mbind, SYS_ARG(block->shadow),
-                      (long)((size_t)(block->pages + 1) * PAGE_BYTES), mode, SYS_ARG(mask),
-                      (long)max, 0);
-        lock_release(&block->lock);
-    } else if (block) {
-        agent_leave_begin(vm, addr, bytes, false, &leaving);
-        agent_leave_end(vm, &leaving);
-        agent_say(vm, "the VMM gave a part of its RAM a NUMA policy of its own (mbind)");
-    }
+    if (vm)
+        mirror_policy(vm, addr, bytes, mode, mask, max);
     return finish(sys_call6(SYS_mbind, SYS_ARG(addr), (long)bytes, mode, SYS_ARG(mask), (long)max,
                             (long)flags));
 }

@@ -11,7 +11,7 @@
 #include <time.h>
 
 #include "agent.h"
-#include "odirect.h"
+#include "descriptors.h"
 #include "procfs.h"
 
 #define FIRST_INTERVAL_MS 1000U
@@ -58,7 +58,7 @@ static bool nothing_forbids_freezing(struct memd_vm *vm)
                       "swapped at once: swapoff, or a newer kernel");
         return false;
     }
-    if (!odirect_check(reason)) {
+    if (!descriptors_check(vm->unpinned_kvm, reason)) {
         agent_say(vm, reason);
         return false;
     }
@@ -119,6 +119,7 @@ static void set_up(struct memd_vm *vm)
 
     vm->scanner_tid = (uint32_t)sys_call0(SYS_gettid);
     vm->freeze_allowed = true;
+    vm->unpinned_kvm = descriptors_kvm_is_unpinned();
     vm->interval_ms = FIRST_INTERVAL_MS;
     vm->setup_result = ram_open(&vm->ram, -1, &reason);
     vm->ram_open = vm->setup_result == 0;
@@ -185,6 +186,14 @@ static void try_to_resume(struct memd_vm *vm)
         agent_say(vm, "");
 }
 
+/* A look costs a walk over all page tables (smaps): 1, 2, 4, then 8 seconds apart. */
+static uint64_t next_resume_wait(uint64_t wait_ns)
+{
+    if (wait_ns == 0)
+        return FIRST_INTERVAL_MS * 1000000ULL;
+    return wait_ns < 8000000000ULL ? wait_ns * 2 : wait_ns;
+}
+
 /* ---- a turn ---- */
 
 /* How long to wait until the next step may be paid for. */
@@ -229,6 +238,7 @@ static void end_pass(struct memd_vm *vm)
     vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
     if (vm->merge.vmas_added > 0)
         count_vmas(vm);
+    session_drop_again(vm);
     session_put(vm, RING_PASS, 0, vm->scanner.passes);
     session_send_stats(vm);
 }
@@ -250,9 +260,13 @@ static uint64_t scan_turn(struct memd_vm *vm)
     if (!may_scan(vm)) {
         if (vm->state == AGENT_STANDING_DOWN)
             try_to_resume(vm);
-        vm->next_pass_ns = now + FIRST_INTERVAL_MS * 1000000ULL;
-        return FIRST_INTERVAL_MS * 1000000ULL;
+        else
+            vm->resume_wait_ns = 0;
+        vm->resume_wait_ns = next_resume_wait(vm->resume_wait_ns);
+        vm->next_pass_ns = now + vm->resume_wait_ns;
+        return vm->resume_wait_ns;
     }
+    vm->resume_wait_ns = 0;
     wait = budget_wait_ns(vm);
     if (wait > 0)
         return wait;

@@ -303,27 +303,48 @@ static void take_segment(struct memd_vm *vm, const struct message_segment *messa
         agent_say(vm, "a segment of the store can't be mapped here");
 }
 
-static void drop_segment(struct memd_vm *vm, const struct message_segment *message)
+/* Returns how many pages still share with it. */
+static uint32_t leave_segment(struct memd_vm *vm, uint32_t segment)
 {
-    struct message_segment done = {.header = {MESSAGE_DROPPED, sizeof(done)},
-                                   .segment = message->segment,
-                                   .pages = message->pages};
     uint32_t left = 0;
 
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
-        lock_take(&block->lock);
-        if (block->live)
-            left += discard_segment(&vm->ram, block, message->segment);
-        lock_release(&block->lock);
+        for (uint32_t c = 0; c < block->chunk_count; c++) {
+            lock_take(&block->lock);
+            if (block->live)
+                left += discard_segment(&vm->ram, block, c, segment);
+            lock_release(&block->lock);
+        }
     }
-    if (left > 0) {
+    return left;
+}
+
+/* What can't be dropped now is tried again after each pass: memd waits for the answer. */
+static void drop_segment(struct memd_vm *vm, uint32_t segment, uint32_t pages)
+{
+    struct message_segment done = {
+        .header = {MESSAGE_DROPPED, sizeof(done)}, .segment = segment, .pages = pages};
+    struct held_segment *held = segments_find(&vm->segments, segment);
+
+    if (leave_segment(vm, segment) > 0) {
+        if (held)
+            held->to_be_dropped = true;
         agent_say(vm, "no memory to make pages private: a segment of the store is kept");
         return;
     }
-    segments_remove(&vm->segments, message->segment);
+    segments_remove(&vm->segments, segment);
     session_report(vm);
     send_surely(vm, &done, sizeof(done), -1);
+}
+
+void session_drop_again(struct memd_vm *vm)
+{
+    for (uint32_t s = 0; s < SEGMENTS_HELD_MAX && vm->rpc.fd >= 0; s++) {
+        struct held_segment *held = &vm->segments.table[s];
+        if (held->view && held->to_be_dropped)
+            drop_segment(vm, held->id, held->pages);
+    }
 }
 
 static void detach(struct memd_vm *vm, const struct message_words *message)
@@ -369,7 +390,7 @@ static void take_message(struct memd_vm *vm, union rpc_message *message, int fd)
         break;
     case MESSAGE_DROP:
         if (big_enough(message, sizeof(message->segment)))
-            drop_segment(vm, &message->segment);
+            drop_segment(vm, message->segment.segment, message->segment.pages);
         break;
     case MESSAGE_TUNE:
         if (big_enough(message, sizeof(message->tune)))

@@ -49,6 +49,7 @@ int segments_add(struct segments *segments, uint32_t id, uint32_t pages, int fd)
     held->id = id;
     held->pages = pages;
     held->fd = fd;
+    held->to_be_dropped = false;
     __atomic_store_n(&held->view, view, __ATOMIC_RELEASE);
     return 0;
 }

@@ -20,6 +20,7 @@ struct held_segment {
     uint32_t id;
     uint32_t pages;
     int fd;
+    bool to_be_dropped; /* memd wants it back; some pages could not be made private yet */
 };
 
 /* Ids are handed out one after the other: a segment stands at its id modulo the table's size. */
