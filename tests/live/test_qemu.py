@@ -80,9 +80,11 @@ def qemu_writes_a_snapshot_of_shared_memory():
                                             run_options=["--no-migrate"])
         lab.wait_shared(24 * MIB_PAGES * 9 // 10)
         image = os.path.join(lab.directory, "image")
-        monitor.run("migrate", uri=f"exec:cat > {image}")
+        monitor.run("migrate", uri=f"exec:cat > {image}.part && mv {image}.part {image}")
         wait_migrated(monitor)
         guest.kill()
+        # QEMU is done when the last byte is in the pipe, not when it is in the file.
+        wait_for("the image to be written", lambda: os.path.exists(image), 60)
         restored = lab.start_guest("restored", memory="160M", plain=True, twin="32M", hot="4M",
                                    devices=["-incoming", f"exec:cat {image}"])
         restored.wait_rounds(3)
