@@ -14,8 +14,8 @@
 #include <unistd.h>
 
 #include "daemon.h"
+#include "host.h"
 #include "log.h"
-#include "procfs.h"
 #include "session.h"
 
 #define CONNECTIONS_MAX 4096U
@@ -96,9 +96,9 @@ static uint64_t read_threads_cpu(const struct session *session)
     uint64_t scanner = 0, handler = 0;
 
     if (session->scanner)
-        (void)procfs_thread_cpu_ns(session->pid, session->scanner, &scanner);
+        (void)host_thread_cpu_ns(session->pid, session->scanner, &scanner);
     if (session->handler)
-        (void)procfs_thread_cpu_ns(session->pid, session->handler, &handler);
+        (void)host_thread_cpu_ns(session->pid, session->handler, &handler);
     return scanner + handler;
 }
 
@@ -119,8 +119,8 @@ static void adopt_threads(struct session *session, const struct message_hello *h
 {
     pid_t scanner = (pid_t)hello->scanner_tid, handler = (pid_t)hello->handler_tid;
 
-    session->scanner = procfs_has_thread(session->pid, scanner) ? scanner : 0;
-    session->handler = procfs_has_thread(session->pid, handler) ? handler : 0;
+    session->scanner = host_process_has_thread(session->pid, scanner) ? scanner : 0;
+    session->handler = host_process_has_thread(session->pid, handler) ? handler : 0;
     /* What an agent did under an earlier memd, or in an earlier session, was counted then. */
     if (hello->held || session->guest->presence == AGENT_LOST)
         session->cpu_base_ns = read_threads_cpu(session);
@@ -573,12 +573,11 @@ struct ksm_member *agents_member(const struct session *session)
 
 static void accept_one(struct daemon *daemon, int fd)
 {
-    struct ucred peer;
-    socklen_t bytes = sizeof(peer);
+    uid_t uid;
+    pid_t pid;
 
-    if (daemon->agents.count >= CONNECTIONS_MAX ||
-        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) ||
-        session_start(daemon, fd, peer.uid, peer.pid)) {
+    if (daemon->agents.count >= CONNECTIONS_MAX || host_peer(fd, &uid, &pid) ||
+        session_start(daemon, fd, uid, pid)) {
         log_warning("an agent's connection was not taken: %u are open", daemon->agents.count);
         close(fd);
     }
