@@ -376,7 +376,7 @@ static int handle_held(struct session *session, const void *message, int *fds, c
         (void)agents_detach(session->guest, true, "memd does not know a segment that you hold");
         return 0;
     }
-    ksm_member_set_holds(session->member, ksm_store_segment(&domain->store, held->segment));
+    trust_domain_held(session->member, ksm_store_segment(&domain->store, held->segment));
     return 0;
 }
 

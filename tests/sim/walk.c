@@ -40,10 +40,10 @@ static void walk(struct sim_options options, uint64_t steps)
             " lies, %" PRIu64 " sessions lost, %u guests, %u rests, trace %016" PRIx64 "\n",
             options.seed, sim.steps, sim.turns, sim.wanted, sim.merged, sim.remapped, sim.dropped,
             sim.mismatched, sim.lies, sim.sessions_lost, sim.vmm_count, sim.rests, sim.trace);
+    sim_stop(&sim);
     cr_assert_eq(sim.wrong[0], 0, "%s (MEMD_SEED=%" PRIu64 " repeats it)", sim.wrong, options.seed);
     cr_assert_gt(sim.merged, 0);
     cr_assert_gt(sim.dropped, 0);
-    sim_stop(&sim);
 }
 
 Test(sim, honest_agents_that_are_late_and_come_and_go)

@@ -188,6 +188,8 @@ uint64_t sim_vmm_hash(const struct sim_vmm *vmm, uint32_t content);
 /* What content `id` of some owner is called: 0 is everybody's. */
 uint32_t sim_content_of(uint32_t owner, uint32_t id);
 uint32_t sim_content_owner(uint32_t content);
+/* The owner of what nobody outside this VMM's domain may see. */
+uint32_t sim_content_owner_of(const struct sim_vmm *vmm);
 /* Expands to 4096 bytes. Contents of neighbouring ids differ in their last 8 bytes only. */
 void sim_content_expand(uint32_t content, void *into);
 /* -EINVAL: these bytes are no content. */

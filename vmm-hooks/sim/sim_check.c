@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What must hold, whatever anybody says. See sim.h. */
 #include <dirent.h>
+#include <errno.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -61,7 +62,7 @@ static void check_contents(struct sim_vmm *vmm, const struct sim_segment *segmen
             continue;
         }
         owner = sim_content_owner(content);
-        if (owner && owner != vmm->domain + 1 && owner != SIM_DOMAINS + vmm->number)
+        if (owner && owner != sim_content_owner_of(vmm))
             sim_wrong(vmm->sim, "%s sees content of a stranger in segment %u", vmm->name,
                       segment->id);
     }
@@ -133,10 +134,11 @@ static void check_liars(struct sim *sim)
         if (!vmm->must_end_by || sim->turns < vmm->must_end_by || vmm->link != SIM_SERVED)
             continue;
         vmm->must_end_by = 0;
-        /* What memd said before it hung up has to be read first. */
-        while (recv(vmm->fd, &byte, 1, MSG_DONTWAIT) > 0)
-            ;
-        if (recv(vmm->fd, &byte, 1, MSG_DONTWAIT) != 0)
+        errno = 0;
+        /* What memd said before it hung up has to be read first, and that it did not read all. */
+        while (recv(vmm->fd, &byte, 1, MSG_DONTWAIT) > 0 || errno == ECONNRESET)
+            errno = 0;
+        if (recv(vmm->fd, &byte, 1, MSG_DONTWAIT) < 0 && errno == EAGAIN)
             sim_wrong(sim, "%s lied (%s) and is still served", vmm->name, vmm->lie);
         sim_vmm_disconnect(vmm);
     }

@@ -18,6 +18,11 @@ uint32_t sim_content_owner(uint32_t content)
     return content >> OWNER_SHIFT;
 }
 
+uint32_t sim_content_owner_of(const struct sim_vmm *vmm)
+{
+    return vmm->domain == SIM_DOMAINS - 1 ? SIM_DOMAINS + vmm->number : vmm->domain + 1;
+}
+
 static uint64_t pattern_of(uint32_t content)
 {
     return ((uint64_t)(content >> NEAR_SHIFT) + 1) * 0x9e3779b97f4a7c15ULL;

@@ -625,8 +625,7 @@ static enum not_merged judge(struct sim_vmm *vmm, struct ring_entry entry, const
     if (entry.op == RING_MERGE && !vmm->sim->options.weak_hashes && !was_offered(page, bytes) &&
         !vmm->liar)
         sim_wrong(vmm->sim, "%s shall share page %u as what it never was", vmm->name, entry.page);
-    if (page->place != (entry.op == RING_MERGE ? PLACE_PRIVATE : PLACE_SHARED) ||
-        !is_live(vmm, entry.page))
+    if (page->place != (entry.op == RING_MERGE ? PLACE_PRIVATE : PLACE_SHARED))
         return NOT_MERGED_GONE;
     if (sim_host_once_in(&vmm->sim->host, NEVER_BUSY))
         return sim_host_once_in(&vmm->sim->host, 2) ? NOT_MERGED_BUSY : NOT_MERGED_BUDGET;
@@ -645,8 +644,14 @@ static void answer_merge(struct sim_vmm *vmm, struct ring_entry entry)
 {
     struct sim_page *page = &vmm->pages[entry.page];
     uint32_t slot = (uint32_t)entry.arg;
-    const uint8_t *bytes = slot_bytes(vmm, slot);
-    enum not_merged why = bytes ? judge(vmm, entry, bytes) : NOT_MERGED_REFUSED;
+    const uint8_t *bytes;
+    enum not_merged why = NOT_MERGED_GONE;
+
+    /* RAM_GONE has ended what was asked: the segment may be gone as well. */
+    if (is_live(vmm, entry.page)) {
+        bytes = slot_bytes(vmm, slot);
+        why = bytes ? judge(vmm, entry, bytes) : NOT_MERGED_REFUSED;
+    }
 
     if (entry.op == RING_MERGE)
         page->offer_count = 0;

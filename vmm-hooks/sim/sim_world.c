@@ -142,9 +142,9 @@ static uint32_t any_content(const struct sim_vmm *vmm)
 
     switch (sim_host_below(host, 8)) {
     case 0: return 0;
-    case 1: return sim_content_of(SIM_DOMAINS + vmm->number, 1 + sim_host_below(host, 30000));
+    case 1: return sim_content_of(sim_content_owner_of(vmm), 1 + sim_host_below(host, 60000));
     case 2:
-    case 3: return sim_content_of(vmm->domain + 1, id);
+    case 3: return sim_content_of(sim_content_owner_of(vmm), id);
     default: return sim_content_of(0, id);
     }
 }
@@ -372,30 +372,40 @@ static void step(struct sim *sim)
 
 /* ---- rest ---- */
 
-static bool is_idle(const struct sim *sim)
+/* What is going on, or NULL. */
+static const char *domain_is_at(const struct trust_domain *domain)
 {
+    if (domain->round.asked)
+        return "a round waits for content";
+    if (domain->round.filled || domain->round.segment)
+        return "a round is not published";
+    if (domain->settled_ns)
+        return "a domain waits for agents of an earlier memd";
+    for (const struct ksm_segment *segment = domain->store.first; segment;
+         segment = segment->next) {
+        if (segment->pinned)
+            return "a segment is worked on";
+    }
+    return NULL;
+}
+
+static const char *is_at(const struct sim *sim)
+{
+    const char *what = sim->daemon.loop.first_task ? "the loop has tasks" : NULL;
+
     for (uint32_t i = 0; i < SIM_VMMS; i++) {
         if (!sim_vmm_is_idle(&sim->vmms[i]))
-            return false;
+            return "an agent has something to read, or memd has";
     }
-    if (sim->daemon.loop.first_task)
-        return false;
-    for (const struct trust_domain *domain = sim->daemon.domains.first; domain;
-         domain = domain->next) {
-        if (domain->round.asked || domain->round.filled || domain->round.segment ||
-            domain->settled_ns)
-            return false;
-        for (const struct ksm_segment *segment = domain->store.first; segment;
-             segment = segment->next) {
-            if (segment->pinned)
-                return false;
-        }
-    }
-    return true;
+    for (const struct trust_domain *domain = sim->daemon.domains.first; domain && !what;
+         domain = domain->next)
+        what = domain_is_at(domain);
+    return what;
 }
 
 static void act_until_idle(struct sim *sim)
 {
+    const char *what = NULL;
     uint32_t quiet = 0;
 
     for (uint32_t i = 0; i < REST_TURNS && quiet < 8 && !sim->wrong[0]; i++) {
@@ -405,10 +415,11 @@ static void act_until_idle(struct sim *sim)
         }
         bury(sim);
         pass(sim, 5 * NS_PER_MS);
-        quiet = is_idle(sim) ? quiet + 1 : 0;
+        what = is_at(sim);
+        quiet = what ? 0 : quiet + 1;
     }
     if (quiet < 8)
-        sim_wrong(sim, "memd and its agents do not come to rest");
+        sim_wrong(sim, "memd and its agents do not come to rest: %s", what ? what : "still");
 }
 
 void sim_rest(struct sim *sim)
