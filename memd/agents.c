@@ -387,22 +387,14 @@ static int handle_held_end(struct session *session, const void *message, int *fd
     (void)fds;
     (void)words;
     (void)words_bytes;
-    /* What the agent wrote into the ring before this message comes before it. */
-    session->held_end = true;
-    session->ring_ready = true;
-    return 0;
-}
-
-void agents_held_end(struct session *session)
-{
-    session->held_end = false;
     if (session->state != SESSION_HOLDING)
-        return;
+        return 0;
     session->state = SESSION_SERVING;
     registry_let_go(session->guest);
     log_notice("guest '%s': %llu shared pages taken back", session->guest->name,
                (unsigned long long)session->member->shared);
     trust_domain_retire_soon(session->member->domain);
+    return 0;
 }
 
 /* ---- the rest ---- */
@@ -481,18 +473,20 @@ static int handle_doorbell(struct session *session, const void *message, int *fd
 
 #define WELCOMED (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
 
+#define FROM_BEFORE (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING))
+
 const struct session_message session_messages[] = {
-    {MESSAGE_HELLO, sizeof(struct message_hello), IN_STATE(SESSION_GREETING), 0, handle_hello},
-    {MESSAGE_RAM, sizeof(struct message_ram), WELCOMED, 0, handle_ram},
-    {MESSAGE_RAM_GONE, sizeof(struct message_ram_gone), WELCOMED, 0, handle_ram_gone},
-    {MESSAGE_DROPPED, sizeof(struct message_segment), WELCOMED, 0, handle_dropped},
-    {MESSAGE_DETACHED, sizeof(struct message_plain), IN_STATE(SESSION_LEAVING), 0, handle_detached},
-    {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, handle_stats},
-    {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, handle_doorbell},
-    {MESSAGE_HELD, sizeof(struct message_segment),
-     IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING), 1, handle_held},
-    {MESSAGE_HELD_END, sizeof(struct message_plain),
-     IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING), 0, handle_held_end},
+    {MESSAGE_HELLO, sizeof(struct message_hello), IN_STATE(SESSION_GREETING), 0, false,
+     handle_hello},
+    {MESSAGE_RAM, sizeof(struct message_ram), WELCOMED, 0, false, handle_ram},
+    {MESSAGE_RAM_GONE, sizeof(struct message_ram_gone), WELCOMED, 0, false, handle_ram_gone},
+    {MESSAGE_DROPPED, sizeof(struct message_segment), WELCOMED, 0, true, handle_dropped},
+    {MESSAGE_DETACHED, sizeof(struct message_plain), IN_STATE(SESSION_LEAVING), 0, false,
+     handle_detached},
+    {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, false, handle_stats},
+    {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, false, handle_doorbell},
+    {MESSAGE_HELD, sizeof(struct message_segment), FROM_BEFORE, 1, false, handle_held},
+    {MESSAGE_HELD_END, sizeof(struct message_plain), FROM_BEFORE, 0, true, handle_held_end},
 };
 const size_t session_message_count = sizeof(session_messages) / sizeof(session_messages[0]);
 

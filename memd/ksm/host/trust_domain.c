@@ -303,7 +303,9 @@ static bool step_retiring(struct loop_task *task)
 
     for (segment = domain->store.first; segment; segment = next) {
         next = segment->next;
-        if (segment->state == SEGMENT_DROPPING && segment->holders == 0) {
+        /* Users: pages that their agent did not speak of again before it dropped the segment. They
+         * go with it; until then the slots are counted, and must be there. */
+        if (segment->state == SEGMENT_DROPPING && !segment->holders && !segment->users) {
             close_segment(domain, segment);
             return true;
         }
