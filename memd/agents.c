@@ -14,8 +14,8 @@
 #include <unistd.h>
 
 #include "daemon.h"
+#include "host.h"
 #include "log.h"
-#include "procfs.h"
 #include "session.h"
 
 #define CONNECTIONS_MAX 4096U
@@ -96,9 +96,9 @@ static uint64_t read_threads_cpu(const struct session *session)
     uint64_t scanner = 0, handler = 0;
 
     if (session->scanner)
-        (void)procfs_thread_cpu_ns(session->pid, session->scanner, &scanner);
+        (void)host_thread_cpu_ns(session->pid, session->scanner, &scanner);
     if (session->handler)
-        (void)procfs_thread_cpu_ns(session->pid, session->handler, &handler);
+        (void)host_thread_cpu_ns(session->pid, session->handler, &handler);
     return scanner + handler;
 }
 
@@ -119,8 +119,8 @@ static void adopt_threads(struct session *session, const struct message_hello *h
 {
     pid_t scanner = (pid_t)hello->scanner_tid, handler = (pid_t)hello->handler_tid;
 
-    session->scanner = procfs_has_thread(session->pid, scanner) ? scanner : 0;
-    session->handler = procfs_has_thread(session->pid, handler) ? handler : 0;
+    session->scanner = host_process_has_thread(session->pid, scanner) ? scanner : 0;
+    session->handler = host_process_has_thread(session->pid, handler) ? handler : 0;
     /* What an agent did under an earlier memd, or in an earlier session, was counted then. */
     if (hello->held || session->guest->presence == AGENT_LOST)
         session->cpu_base_ns = read_threads_cpu(session);
@@ -376,7 +376,7 @@ static int handle_held(struct session *session, const void *message, int *fds, c
         (void)agents_detach(session->guest, true, "memd does not know a segment that you hold");
         return 0;
     }
-    ksm_member_set_holds(session->member, ksm_store_segment(&domain->store, held->segment));
+    trust_domain_held(session->member, ksm_store_segment(&domain->store, held->segment));
     return 0;
 }
 
@@ -387,22 +387,14 @@ static int handle_held_end(struct session *session, const void *message, int *fd
     (void)fds;
     (void)words;
     (void)words_bytes;
-    /* What the agent wrote into the ring before this message comes before it. */
-    session->held_end = true;
-    session->ring_ready = true;
-    return 0;
-}
-
-void agents_held_end(struct session *session)
-{
-    session->held_end = false;
     if (session->state != SESSION_HOLDING)
-        return;
+        return 0;
     session->state = SESSION_SERVING;
     registry_let_go(session->guest);
     log_notice("guest '%s': %llu shared pages taken back", session->guest->name,
                (unsigned long long)session->member->shared);
     trust_domain_retire_soon(session->member->domain);
+    return 0;
 }
 
 /* ---- the rest ---- */
@@ -481,18 +473,20 @@ static int handle_doorbell(struct session *session, const void *message, int *fd
 
 #define WELCOMED (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
 
+#define FROM_BEFORE (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING))
+
 const struct session_message session_messages[] = {
-    {MESSAGE_HELLO, sizeof(struct message_hello), IN_STATE(SESSION_GREETING), 0, handle_hello},
-    {MESSAGE_RAM, sizeof(struct message_ram), WELCOMED, 0, handle_ram},
-    {MESSAGE_RAM_GONE, sizeof(struct message_ram_gone), WELCOMED, 0, handle_ram_gone},
-    {MESSAGE_DROPPED, sizeof(struct message_segment), WELCOMED, 0, handle_dropped},
-    {MESSAGE_DETACHED, sizeof(struct message_plain), IN_STATE(SESSION_LEAVING), 0, handle_detached},
-    {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, handle_stats},
-    {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, handle_doorbell},
-    {MESSAGE_HELD, sizeof(struct message_segment),
-     IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING), 1, handle_held},
-    {MESSAGE_HELD_END, sizeof(struct message_plain),
-     IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING), 0, handle_held_end},
+    {MESSAGE_HELLO, sizeof(struct message_hello), IN_STATE(SESSION_GREETING), 0, false,
+     handle_hello},
+    {MESSAGE_RAM, sizeof(struct message_ram), WELCOMED, 0, false, handle_ram},
+    {MESSAGE_RAM_GONE, sizeof(struct message_ram_gone), WELCOMED, 0, false, handle_ram_gone},
+    {MESSAGE_DROPPED, sizeof(struct message_segment), WELCOMED, 0, true, handle_dropped},
+    {MESSAGE_DETACHED, sizeof(struct message_plain), IN_STATE(SESSION_LEAVING), 0, false,
+     handle_detached},
+    {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, false, handle_stats},
+    {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, false, handle_doorbell},
+    {MESSAGE_HELD, sizeof(struct message_segment), FROM_BEFORE, 1, false, handle_held},
+    {MESSAGE_HELD_END, sizeof(struct message_plain), FROM_BEFORE, 0, true, handle_held_end},
 };
 const size_t session_message_count = sizeof(session_messages) / sizeof(session_messages[0]);
 
@@ -573,12 +567,11 @@ struct ksm_member *agents_member(const struct session *session)
 
 static void accept_one(struct daemon *daemon, int fd)
 {
-    struct ucred peer;
-    socklen_t bytes = sizeof(peer);
+    uid_t uid;
+    pid_t pid;
 
-    if (daemon->agents.count >= CONNECTIONS_MAX ||
-        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) ||
-        session_start(daemon, fd, peer.uid, peer.pid)) {
+    if (daemon->agents.count >= CONNECTIONS_MAX || host_peer(fd, &uid, &pid) ||
+        session_start(daemon, fd, uid, pid)) {
         log_warning("an agent's connection was not taken: %u are open", daemon->agents.count);
         close(fd);
     }

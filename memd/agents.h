@@ -34,8 +34,6 @@ int agents_detach(struct guest *guest, bool rejoin, const char *words);
 /* Asks for fresh STATS. */
 void agents_ask_report(struct guest *guest);
 
-/* HELD_END came, and every ring entry before it was read. */
-void agents_held_end(struct session *session);
 /* DETACHED came: ends the session; the guest rejoins or is forgotten. */
 void agents_detached(struct session *session);
 /* Gives up the shares of a session that has ended. */

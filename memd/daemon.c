@@ -17,6 +17,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include "host.h"
 #include "log.h"
 #include "procfs.h"
 #include "state.h"
@@ -117,7 +118,7 @@ static int start_ledger(struct daemon *daemon)
 
 static int start_kernel_ksm(struct daemon *daemon)
 {
-    kernel_ksm_start(&daemon->kernel_ksm, "/sys/kernel/mm/ksm", daemon->state_dir,
+    kernel_ksm_start(&daemon->kernel_ksm, host_ksm_directory(), daemon->state_dir,
                      daemon->config.cpu_percent);
     return 0;
 }

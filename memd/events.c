@@ -4,7 +4,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "host.h"
 
 int events_subscribe(struct events *events, struct events_subscriber *subscriber)
 {
@@ -40,14 +41,6 @@ size_t events_take(struct events_subscriber *subscriber, char *into, size_t byte
     return taken;
 }
 
-static double wall_clock(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_REALTIME, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
-}
-
 static int append(struct events_subscriber *subscriber, json_t *event)
 {
     size_t room = EVENTS_BUFFER_BYTES - subscriber->used;
@@ -78,7 +71,7 @@ static void deliver(struct events_subscriber *subscriber, json_t *event, double 
 
 void events_emit(struct events *events, const char *event, const char *guest, json_t *more)
 {
-    double now = wall_clock();
+    double now = host_wall_seconds();
     json_t *json = json_pack("{s:f,s:s}", "time", now, "event", event);
     struct events_subscriber *next;
 

@@ -14,7 +14,6 @@
 #ifndef MEMD_LOOP_H
 #define MEMD_LOOP_H
 
-#include <liburing.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -54,18 +53,12 @@ struct loop_read {
     uint32_t op;
 };
 
-struct loop_op {
-    uint8_t kind;
-    uint32_t next_free;
-    void *target; /* NULL: its owner has gone; the op waits for its last completion */
-};
+struct loop_kernel; /* the lower half: loop_kernel.h */
 
 struct loop {
-    struct io_uring ring;
+    struct loop_kernel *kernel;
     uint64_t now_ns;
     bool stopping;
-    struct loop_op *ops;
-    uint32_t op_count, free_op;
     struct loop_timer *timers;
     struct loop_task *first_task, *last_task;
     uint32_t task_count;

@@ -4,7 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +12,7 @@
 
 #define NS_PER_S 1000000000ULL
 
-static int read_text(const char *path, char *text, size_t bytes)
+int procfs_text(const char *path, char *text, size_t bytes)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t got;
@@ -27,14 +27,14 @@ static int read_text(const char *path, char *text, size_t bytes)
     return 0;
 }
 
-/* Field number of /proc/PID/stat, from 3 on; the name in field 2 may contain anything. */
-static int stat_field(pid_t pid, int number, uint64_t *ret_value)
+/* The name in field 2 may contain anything. */
+int procfs_stat_field(pid_t pid, int number, uint64_t *ret_value)
 {
     char path[64], text[1024], *at;
     int result;
 
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
-    result = read_text(path, text, sizeof(text));
+    result = procfs_text(path, text, sizeof(text));
     if (result)
         return result;
     at = strrchr(text, ')');
@@ -46,49 +46,13 @@ static int stat_field(pid_t pid, int number, uint64_t *ret_value)
     return 0;
 }
 
-int procfs_start_time(pid_t pid, uint64_t *ret_ticks)
-{
-    return stat_field(pid, 22, ret_ticks);
-}
-
-bool procfs_is_exiting(pid_t pid)
-{
-    uint64_t flags = 0;
-
-    return stat_field(pid, 9, &flags) || flags & 4; /* PF_EXITING */
-}
-
-bool procfs_has_thread(pid_t pid, pid_t tid)
-{
-    char path[64];
-
-    snprintf(path, sizeof(path), "/proc/%d/task/%d", (int)pid, (int)tid);
-    return pid > 0 && tid > 0 && access(path, F_OK) == 0;
-}
-
-int procfs_thread_cpu_ns(pid_t pid, pid_t tid, uint64_t *ret_ns)
-{
-    char path[64], text[128];
-    uint64_t ns;
-    int result;
-
-    snprintf(path, sizeof(path), "/proc/%d/task/%d/schedstat", (int)pid, (int)tid);
-    result = read_text(path, text, sizeof(text));
-    if (result)
-        return result;
-    if (sscanf(text, "%" SCNu64, &ns) != 1)
-        return -EIO;
-    *ret_ns = ns;
-    return 0;
-}
-
 int procfs_process_cpu_ns(pid_t pid, uint64_t *ret_ns)
 {
     uint64_t user, system;
-    int result = stat_field(pid, 14, &user);
+    int result = procfs_stat_field(pid, 14, &user);
 
     if (!result)
-        result = stat_field(pid, 15, &system);
+        result = procfs_stat_field(pid, 15, &system);
     if (!result)
         *ret_ns = (user + system) * (NS_PER_S / (uint64_t)sysconf(_SC_CLK_TCK));
     return result;
@@ -111,7 +75,7 @@ uint64_t procfs_number_in(const char *text, const char *name)
 int procfs_field(const char *path, const char *name, uint64_t *ret_value)
 {
     char text[4096] = "";
-    int result = read_text(path, text, sizeof(text));
+    int result = procfs_text(path, text, sizeof(text));
 
     if (!result)
         *ret_value = procfs_number_in(text, name);
@@ -123,7 +87,7 @@ static bool is_named(const char *pid, const char *name)
     char path[300], text[64];
 
     snprintf(path, sizeof(path), "/proc/%s/comm", pid);
-    return read_text(path, text, sizeof(text)) == 0 && strncmp(text, name, strlen(name)) == 0 &&
+    return procfs_text(path, text, sizeof(text)) == 0 && strncmp(text, name, strlen(name)) == 0 &&
            text[strlen(name)] == '\n';
 }
 
@@ -138,7 +102,7 @@ pid_t procfs_find_kernel_thread(const char *name)
         pid_t pid = (pid_t)atoi(entry->d_name);
 
         /* Kernel threads are children of kthreadd; anybody may call himself ksmd. */
-        if (pid > 0 && is_named(entry->d_name, name) && stat_field(pid, 4, &parent) == 0 &&
+        if (pid > 0 && is_named(entry->d_name, name) && procfs_stat_field(pid, 4, &parent) == 0 &&
             parent == 2)
             found = pid;
     }

@@ -1,21 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What memd reads under /proc about other processes. All of these are short reads that do not grow
- * with the size of the process. */
+/* What memd reads under /proc. All of these are short reads that do not grow with the size of a
+ * process. */
 #ifndef MEMD_PROCFS_H
 #define MEMD_PROCFS_H
 
-#include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Start time in clock ticks since boot: with the pid it names one process for good. */
-int procfs_start_time(pid_t pid, uint64_t *ret_ticks);
-/* True when the process has ended, or is about to (its main thread is on its way out). */
-bool procfs_is_exiting(pid_t pid);
-/* Does this thread belong to this process? */
-bool procfs_has_thread(pid_t pid, pid_t tid);
-/* CPU time that a thread has had. */
-int procfs_thread_cpu_ns(pid_t pid, pid_t tid, uint64_t *ret_ns);
+/* The text of a small file, ended by a zero byte; what does not fit is cut off. */
+int procfs_text(const char *path, char *text, size_t bytes);
+/* Field number (from 3 on, as in proc(5)) of /proc/PID/stat. */
+int procfs_stat_field(pid_t pid, int number, uint64_t *ret_value);
 /* User and system time of a process, in ns (to the clock tick). */
 int procfs_process_cpu_ns(pid_t pid, uint64_t *ret_ns);
 /* One number from a "Name: number" or "Name number" file, in the file's own unit. */

@@ -8,14 +8,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "daemon.h"
+#include "host.h"
 #include "log.h"
-#include "procfs.h"
 #include "state.h"
 
 #define NS_PER_S     1000000000ULL
@@ -233,13 +231,6 @@ void registry_reload(struct daemon *daemon, const struct config *old)
 
 /* ---- processes ---- */
 
-static int open_pidfd(pid_t pid)
-{
-    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
-
-    return fd < 0 ? -errno : fd;
-}
-
 static void stop_watching(struct guest *guest)
 {
     loop_watch_remove(&guest->daemon->loop, &guest->death);
@@ -252,11 +243,11 @@ static void stop_watching(struct guest *guest)
 static int watch_process(struct guest *guest, pid_t pid)
 {
     uint64_t start_time;
-    int fd = open_pidfd(pid), result;
+    int fd = host_process_open(pid), result;
 
     if (fd < 0)
         return fd;
-    result = procfs_start_time(pid, &start_time);
+    result = host_process_start_time(pid, &start_time);
     if (result) {
         close(fd);
         return result;
@@ -350,8 +341,10 @@ static int make_token(char *token)
 {
     uint8_t random[PROTOCOL_TOKEN_BYTES / 2];
 
-    if (getrandom(random, sizeof(random), 0) != sizeof(random))
-        return -EIO;
+    int result = host_random(random, sizeof(random));
+
+    if (result)
+        return result;
     for (size_t i = 0; i < sizeof(random); i++)
         sprintf(token + 2 * i, "%02x", random[i]);
     return 0;
@@ -544,7 +537,7 @@ void registry_agent_left(struct guest *guest, const char *why)
     guest->session = NULL;
     guest->presence = AGENT_LOST;
     ledger_forget_places(&daemon->ledger, &guest->account);
-    if (procfs_is_exiting(guest->pid))
+    if (host_process_is_exiting(guest->pid))
         return; /* its pidfd says the rest in a moment */
     log_warning("guest '%s': its agent is gone: %s; it runs on with what it shares", guest->name,
                 why);
@@ -618,7 +611,7 @@ static void restore(struct daemon *daemon, json_t *json)
                     &token, "uid", &uid, "pid", &pid, "start_time", &start_time, "vmm", &vmm, "qmp",
                     &qmp, "engine", &engine, "reason", &reason, "waiting", &waiting) ||
         !config_name_is_good(name) || strlen(token) != PROTOCOL_TOKEN_BYTES ||
-        procfs_start_time((pid_t)pid, &started) || started != (uint64_t)start_time)
+        host_process_start_time((pid_t)pid, &started) || started != (uint64_t)start_time)
         return;
     guest = new_guest(daemon, name);
     if (!guest || watch_process(guest, (pid_t)pid)) {

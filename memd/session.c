@@ -9,10 +9,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "daemon.h"
+#include "host.h"
 #include "log.h"
 
 #define TURN_MESSAGES 32U
@@ -335,27 +335,20 @@ static int take_entry(struct session *session, struct ring_entry entry)
     return result;
 }
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
-}
-
-/* A bounded number of entries; true when there are more. */
+/* A bounded number of entries; true when there are more. The clock is read here because one entry
+ * may cost a hash of a page or nothing: other agents shall not wait for the sum. */
 static bool read_ring(struct session *session)
 {
     struct ring_queue *queue = &session->ring->to_memd;
     uint32_t filled = ring_filled(queue, session->own_tail);
-    uint64_t start = clock_ns();
+    uint64_t start = host_clock_ns();
 
     if (filled > RING_ENTRIES) {
         mark_lie(session, "it moved the head of its ring past what the ring can hold");
         return false;
     }
     for (uint32_t done = 0; filled; filled--, done++) {
-        if (done == TURN_ENTRIES || (done % 32 == 31 && clock_ns() - start > TURN_NS))
+        if (done == TURN_ENTRIES || (done % 32 == 31 && host_clock_ns() - start > TURN_NS))
             return true;
         if (take_entry(session, ring_peek(queue, session->own_tail)))
             return false;
@@ -397,6 +390,31 @@ static uint32_t collect_fds(struct msghdr *header, int *fds)
     return count;
 }
 
+/* The ring and the socket are two ways, and nothing says which is read first: what the agent wrote
+ * before this message is read before it. */
+static void put_off(struct session *session, const struct session_message *known,
+                    const uint8_t *message)
+{
+    session->late = known;
+    memcpy(&session->late_message, message, known->bytes);
+    session->late_head = __atomic_load_n(&session->ring->to_memd.head, __ATOMIC_ACQUIRE);
+    session->ring_ready = true;
+}
+
+static bool is_late_no_more(const struct session *session)
+{
+    return session->late &&
+           (!session->ring_ready || (int32_t)(session->own_tail - session->late_head) >= 0);
+}
+
+static int take_late(struct session *session)
+{
+    const struct session_message *known = session->late;
+
+    session->late = NULL;
+    return known->handle(session, &session->late_message, NULL, session->lie, sizeof(session->lie));
+}
+
 static int dispatch(struct session *session, const uint8_t *message, size_t bytes, int *fds,
                     uint32_t fd_count)
 {
@@ -411,6 +429,10 @@ static int dispatch(struct session *session, const uint8_t *message, size_t byte
         if (known->bytes != bytes || header.bytes != bytes || known->fds != fd_count ||
             !(known->states & IN_STATE(session->state)))
             break;
+        if (known->after_ring) {
+            put_off(session, known, message);
+            return 0;
+        }
         return known->handle(session, message, fds, session->lie, sizeof(session->lie));
     }
     snprintf(session->lie, sizeof(session->lie),
@@ -451,7 +473,7 @@ static int receive(struct session *session)
 /* A bounded number of messages. 0, or what ends the session. */
 static int read_socket(struct session *session)
 {
-    for (uint32_t i = 0; i < TURN_MESSAGES; i++) {
+    for (uint32_t i = 0; i < TURN_MESSAGES && !session->late; i++) {
         int result = receive(session);
 
         if (result == -EAGAIN) {
@@ -473,6 +495,8 @@ static bool step(struct loop_task *task)
 
     if (!result && !session->lie[0] && session->ring_ready && session->ring)
         session->ring_ready = read_ring(session);
+    if (!result && !session->lie[0] && is_late_no_more(session))
+        result = take_late(session);
     if (result == -EPIPE && session->detached) {
         agents_detached(session);
         return false;
@@ -482,8 +506,6 @@ static bool step(struct loop_task *task)
                     session->lie[0]);
         return false;
     }
-    if (session->held_end && !session->ring_ready)
-        agents_held_end(session);
     flush_messages(session);
     if (session->ring)
         flush_ring(session);

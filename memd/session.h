@@ -36,6 +36,8 @@ struct outgoing {
     uint8_t message[];
 };
 
+struct session_message;
+
 struct session {
     struct daemon *daemon;
     struct guest *guest; /* NULL: not greeted, or the guest is gone */
@@ -61,7 +63,11 @@ struct session {
     uint32_t next_page;     /* where the next managed block starts */
     pid_t scanner, handler; /* confirmed by /proc; else 0 */
     uint64_t cpu_base_ns, cpu_ns;
-    bool rejoin, detached, held_end;
+    bool rejoin, detached;
+    /* A message that waits until the entries before it are read; the socket waits with it. */
+    const struct session_message *late;
+    struct message_segment late_message; /* none of them is larger */
+    uint32_t late_head;
     struct session *next;
 };
 
@@ -72,6 +78,7 @@ struct session_message {
     uint32_t bytes;
     uint32_t states;
     uint32_t fds;
+    bool after_ring; /* takes effect after every entry that was written before it */
     int (*handle)(struct session *session, const void *message, int *fds, char *words,
                   size_t words_bytes);
 };

@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "daemon.h"
+#include "host.h"
 #include "match.h"
 
 #define NS_PER_S 1e9
@@ -34,14 +34,6 @@ struct figures {
     uint64_t store_pages, segments, table_bytes;
     double cpu_seconds;
 };
-
-static uint64_t own_cpu_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
-}
 
 /* What an agent has not stated yet is private: that is where pages begin. */
 static void places_of(const struct guest *guest, uint64_t *ret_places)
@@ -129,7 +121,7 @@ static struct figures collect(struct daemon *daemon)
     figures.guaranteed_bytes = ledger_guaranteed_bytes(&daemon->ledger);
     figures.used_bytes = used_bytes(daemon, figures.store_pages * PAGE_BYTES);
     figures.cpu_seconds =
-        (double)(own_cpu_ns() + registry_agents_cpu_ns(daemon) + daemon->kernel_ksm.cpu_ns) /
+        (double)(host_own_cpu_ns() + registry_agents_cpu_ns(daemon) + daemon->kernel_ksm.cpu_ns) /
         NS_PER_S;
     return figures;
 }

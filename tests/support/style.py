@@ -21,6 +21,7 @@ MAY_INCLUDE = [
     (AGENT, AGENT + ["memd/common", "vmm-hooks/include/memd"]),
     (["vmm-hooks/include/memd"], ["vmm-hooks/include/memd"]),
     (["vmm-hooks/qemu"], ["vmm-hooks/qemu", "memd/common"]),
+    (["vmm-hooks/sim"], ["vmm-hooks/sim", "memd", "memd/*/host", "memd/common"]),
     (["memd/ctl"], ["memd/ctl", "memd/common", "vmm-hooks/qemu"]),
     (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common"]),
 ]

@@ -358,6 +358,7 @@ static bool step_sweep(struct ksm_compact *compact)
     if (member->id != compact->member)
         compact->page = 0;
     compact->member = member->id;
+    compact->page = ksm_member_next_known(member, compact->page, member->pages);
     for (uint32_t i = 0; i < SWEEP_STEP && compact->page < member->pages; i++) {
         if (!move(compact, member, compact->page)) {
             loop_timer_set(compact->domain->loop, &compact->wait, WAIT_NS);

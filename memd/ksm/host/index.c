@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/random.h>
+
+#include "host.h"
 
 #define SMALLEST 16U
 
@@ -34,15 +35,15 @@ int ksm_index_start(struct ksm_index *index, uint32_t (*tag_of)(const void *owne
 {
     void *shards = mmap(NULL, sizeof(struct ksm_index_shard) * KSM_INDEX_SHARDS,
                         PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int result;
 
     if (shards == MAP_FAILED)
         return -errno;
     *index = (struct ksm_index){.shards = shards, .tag_of = tag_of, .owner = owner};
-    if (getrandom(index->key, sizeof(index->key), 0) != sizeof(index->key)) {
+    result = host_random(index->key, sizeof(index->key));
+    if (result)
         ksm_index_stop(index);
-        return -EIO;
-    }
-    return 0;
+    return result;
 }
 
 void ksm_index_stop(struct ksm_index *index)

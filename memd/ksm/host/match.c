@@ -183,7 +183,8 @@ int ksm_match_offer(struct ksm_member *member, uint32_t page, uint64_t hash)
     if (!is_known(member, page))
         return -EPROTO;
     domain->counters.offers++;
-    if (ksm_member_page_is_gone(member, page))
+    /* Without memory for it the page is not shared: it is nothing worse than an offer unheard. */
+    if (ksm_member_page_is_gone(member, page) || ksm_member_know(member, page))
         return 0;
     ref = ksm_ref_of(member, page);
     state = ksm_ref_state(domain, ref);
@@ -348,7 +349,7 @@ int ksm_match_have(struct ksm_member *member, uint32_t page, uint32_t slot)
         return 0;
     ref = ksm_ref_of(member, page);
     segment = ksm_store_segment(&domain->store, SLOT_SEGMENT(slot));
-    if (ksm_ref_state(domain, ref) != PAGE_UNKNOWN ||
+    if (ksm_member_know(member, page) || ksm_ref_state(domain, ref) != PAGE_UNKNOWN ||
         segment->users_of[SLOT_PAGE(slot)] == UINT16_MAX)
         return -EPROTO;
     ksm_member_use(member, slot);

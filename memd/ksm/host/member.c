@@ -49,26 +49,15 @@ int ksm_member_join(struct trust_domain *domain, const struct ksm_member_ops *op
 static int take_chunk(struct trust_domain *domain, struct ksm_member *member, uint32_t *ret_chunk)
 {
     uint32_t number = domain->free_chunk;
-    struct ksm_chunk *chunk;
-    void *table;
 
     if (number == UINT32_MAX && domain->chunk_count == KSM_CHUNKS)
         return -ENOSPC;
-    table = mmap(NULL, CHUNK_BYTES, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (table == MAP_FAILED)
-        return -ENOMEM;
     if (number == UINT32_MAX)
         number = domain->chunk_count++;
     else
         domain->free_chunk = domain->chunks[number].next_free;
-    chunk = &domain->chunks[number];
-    *chunk = (struct ksm_chunk){
-        .member = member,
-        .first_page = member->chunk_count << KSM_CHUNK_SHIFT,
-        .values = table,
-        .states = (uint8_t *)table + KSM_CHUNK_PAGES * sizeof(uint32_t),
-    };
+    domain->chunks[number] =
+        (struct ksm_chunk){.member = member, .first_page = member->chunk_count << KSM_CHUNK_SHIFT};
     *ret_chunk = number;
     return 0;
 }
@@ -77,9 +66,33 @@ static void free_chunk(struct trust_domain *domain, uint32_t number)
 {
     struct ksm_chunk *chunk = &domain->chunks[number];
 
-    munmap(chunk->values, CHUNK_BYTES);
+    if (chunk->values)
+        munmap(chunk->values, CHUNK_BYTES);
     *chunk = (struct ksm_chunk){.next_free = domain->free_chunk};
     domain->free_chunk = number;
+}
+
+int ksm_member_know(struct ksm_member *member, uint32_t page)
+{
+    struct ksm_chunk *chunk = ksm_chunk_of(member->domain, ksm_ref_of(member, page));
+    void *table;
+
+    if (chunk->values)
+        return 0;
+    table = mmap(NULL, CHUNK_BYTES, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (table == MAP_FAILED)
+        return -ENOMEM;
+    chunk->values = table;
+    chunk->states = (uint8_t *)table + KSM_CHUNK_PAGES * sizeof(uint32_t);
+    return 0;
+}
+
+uint32_t ksm_member_next_known(const struct ksm_member *member, uint32_t page, uint32_t end)
+{
+    while (page < end && !ksm_chunk_of(member->domain, ksm_ref_of(member, page))->values)
+        page = (page | (KSM_CHUNK_PAGES - 1)) + 1;
+    return page < end ? page : end;
 }
 
 int ksm_member_grow(struct ksm_member *member, uint32_t pages)
@@ -189,6 +202,8 @@ void ksm_member_forget(struct ksm_member *member, uint32_t page)
     uint32_t ref = ksm_ref_of(member, page), value = ksm_ref_value(domain, ref);
     enum ksm_page_state state = ksm_ref_state(domain, ref);
 
+    if (state == PAGE_UNKNOWN)
+        return;
     if (state == PAGE_HINT || state == PAGE_WANTED || state == PAGE_FILLED)
         remove_hint(domain, ref, value);
     ksm_ref_set(domain, ref, PAGE_UNKNOWN, 0);
@@ -240,6 +255,7 @@ static bool step_gone(struct loop_task *task)
     struct ksm_member *member = task->owner;
     uint32_t end = member->gone[member->gone_done].end;
 
+    member->gone_page = ksm_member_next_known(member, member->gone_page, end);
     for (uint32_t i = 0; i < LEAVE_STEP_PAGES && member->gone_page < end; i++)
         let_go(member, member->gone_page++);
     if (member->gone_page < end)
@@ -321,6 +337,7 @@ static bool step_leaving(struct loop_task *task)
 {
     struct ksm_member *member = task->owner;
 
+    member->leave_page = ksm_member_next_known(member, member->leave_page, member->pages);
     for (uint32_t i = 0; i < LEAVE_STEP_PAGES && member->leave_page < member->pages; i++)
         ksm_member_forget(member, member->leave_page++);
     if (member->leave_page < member->pages)

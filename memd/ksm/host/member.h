@@ -86,6 +86,12 @@ void ksm_member_discard(struct ksm_member *member);
 
 /* Page numbers up to pages exist from now on. -ENOSPC: the domain's hint space is full. */
 int ksm_member_grow(struct ksm_member *member, uint32_t pages);
+/* Makes room for what is known about a page; before that it is UNKNOWN and nothing can be said
+ * about it. RAM that nobody speaks of costs nothing, however much was announced. -ENOMEM. */
+int ksm_member_know(struct ksm_member *member, uint32_t page);
+/* The first page from `page` on that something may be known about; `end` when there is none before
+ * that. */
+uint32_t ksm_member_next_known(const struct ksm_member *member, uint32_t page, uint32_t end);
 /* The pages first to end have left; what is said about them from now on means nothing. */
 int ksm_member_pages_gone(struct ksm_member *member, uint32_t first, uint32_t end);
 bool ksm_member_page_is_gone(const struct ksm_member *member, uint32_t page);
@@ -119,19 +125,25 @@ static inline struct ksm_chunk *ksm_chunk_of(const struct trust_domain *domain, 
     return &domain->chunks[ref >> KSM_CHUNK_SHIFT];
 }
 
+/* Pages of a chunk without a table have never been spoken of: they are UNKNOWN. */
 static inline enum ksm_page_state ksm_ref_state(const struct trust_domain *domain, uint32_t ref)
 {
     const struct ksm_chunk *chunk = ksm_chunk_of(domain, ref);
     uint32_t at = ref & (KSM_CHUNK_PAGES - 1);
 
+    if (!chunk->states)
+        return PAGE_UNKNOWN;
     return (enum ksm_page_state)(chunk->states[at / 2] >> (at % 2 * 4) & 15);
 }
 
 static inline uint32_t ksm_ref_value(const struct trust_domain *domain, uint32_t ref)
 {
-    return ksm_chunk_of(domain, ref)->values[ref & (KSM_CHUNK_PAGES - 1)];
+    const struct ksm_chunk *chunk = ksm_chunk_of(domain, ref);
+
+    return chunk->values ? chunk->values[ref & (KSM_CHUNK_PAGES - 1)] : 0;
 }
 
+/* The chunk has its table: ksm_member_know() said so. */
 static inline void ksm_ref_set(struct trust_domain *domain, uint32_t ref, enum ksm_page_state state,
                                uint32_t value)
 {

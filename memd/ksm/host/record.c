@@ -7,8 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <unistd.h>
+
+#include "host.h"
 
 #define BOOT_ID_BYTES 40
 
@@ -160,10 +161,12 @@ int ksm_record_start(struct ksm_record *record, int dir, const char *name, uint6
     if (result && result != -ENOENT)
         goto undo;
     *ret_found = result == 0;
-    if (result && (getrandom(ret_session, sizeof(*ret_session), 0) != sizeof(*ret_session) ||
-                   getrandom(ret_secret, sizeof(*ret_secret), 0) != sizeof(*ret_secret))) {
-        result = -EIO;
-        goto undo;
+    if (result) {
+        result = host_random(ret_session, sizeof(*ret_session));
+        if (!result)
+            result = host_random(ret_secret, sizeof(*ret_secret));
+        if (result)
+            goto undo;
     }
     result = dir < 0 ? 0 : rewrite(record, boot_id, *ret_session, ret_secret);
     if (result)

@@ -133,12 +133,26 @@ void trust_domain_stop(struct trust_domain *domain, bool forget)
     free(domain);
 }
 
+static uint64_t known_pages(const struct ksm_member *member)
+{
+    uint64_t pages = 0;
+    uint32_t page = 0;
+
+    while ((page = ksm_member_next_known(member, page, member->pages)) < member->pages) {
+        uint32_t next = (page | (KSM_CHUNK_PAGES - 1)) + 1;
+
+        pages += (next < member->pages ? next : member->pages) - page;
+        page = next;
+    }
+    return pages;
+}
+
 uint64_t trust_domain_table_bytes(const struct trust_domain *domain)
 {
     uint64_t pages = 0;
 
     for (const struct ksm_member *member = domain->members; member; member = member->next)
-        pages += member->pages;
+        pages += known_pages(member);
     return pages * sizeof(uint32_t) + pages / 2 + domain->index.size * sizeof(uint32_t) +
            domain->store.pages * (sizeof(uint32_t) + sizeof(uint16_t));
 }
@@ -238,6 +252,15 @@ static void close_segment(struct trust_domain *domain, struct ksm_segment *segme
     domain->ops->event(domain->owner, domain, "segment_retired", id, pages);
 }
 
+void trust_domain_held(struct ksm_member *member, struct ksm_segment *segment)
+{
+    if (ksm_member_holds(member, segment->id))
+        return;
+    ksm_member_set_holds(member, segment);
+    if (segment->state == SEGMENT_DROPPING)
+        member->ops->drop(member->agent, segment->id, segment->pages);
+}
+
 void trust_domain_dropped(struct trust_domain *domain, struct ksm_segment *segment)
 {
     if (segment->holders == 0)
@@ -280,7 +303,9 @@ static bool step_retiring(struct loop_task *task)
 
     for (segment = domain->store.first; segment; segment = next) {
         next = segment->next;
-        if (segment->state == SEGMENT_DROPPING && segment->holders == 0) {
+        /* Users: pages that their agent did not speak of again before it dropped the segment. They
+         * go with it; until then the slots are counted, and must be there. */
+        if (segment->state == SEGMENT_DROPPING && !segment->holders && !segment->users) {
             close_segment(domain, segment);
             return true;
         }
@@ -343,6 +368,7 @@ static bool step_sweep(struct loop_task *task)
     if (member->id != domain->sweep_member)
         domain->sweep_page = 0;
     domain->sweep_member = member->id;
+    domain->sweep_page = ksm_member_next_known(member, domain->sweep_page, member->pages);
     for (uint32_t i = 0; i < SWEEP_STEP && domain->sweep_page < member->pages; i++)
         sweep_page(domain, member, domain->sweep_page++);
     if (domain->sweep_page >= member->pages) {

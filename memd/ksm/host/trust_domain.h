@@ -120,6 +120,9 @@ int trust_domain_take_back(struct trust_domain *domain, uint32_t segment, uint32
 
 /* A segment has no user any more, or something that kept it alive has ended. */
 void trust_domain_retire_soon(struct trust_domain *domain);
+/* An agent that came back has the segment's descriptor. Where the segment is on its way out, this
+ * agent shall drop it too: it was not there when the others were told. */
+void trust_domain_held(struct ksm_member *member, struct ksm_segment *segment);
 /* An agent has dropped its descriptor (or died): holders has been lowered. */
 void trust_domain_dropped(struct trust_domain *domain, struct ksm_segment *segment);
 
