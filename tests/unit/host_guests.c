@@ -6,56 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "host_world.h"
+#include "host_http.h"
 #include "status.h"
-
-/* One request over the control socket; the answer as JSON (NULL: no body that is), its status in
- * *ret_status. */
-static json_t *ask(struct world *world, struct fake *fakes, size_t count, const char *method,
-                   const char *path, const char *body, int *ret_status)
-{
-    static char text[1 << 20];
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    size_t used = 0;
-    const char *start;
-
-    snprintf(address.sun_path, sizeof(address.sun_path), "%s/memd.sock", world->dir);
-    cr_assert_eq(connect(fd, (struct sockaddr *)&address, sizeof(address)), 0);
-    snprintf(text, sizeof(text),
-             "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-             method, path, strlen(body), body);
-    cr_assert_eq(write(fd, text, strlen(text)), (ssize_t)strlen(text));
-    for (int i = 0; i < 20000; i++) {
-        ssize_t got = read(fd, text + used, sizeof(text) - 1 - used);
-
-        if (got == 0)
-            break;
-        if (got > 0)
-            used += (size_t)got;
-        fakes_turn(world, fakes, count);
-    }
-    close(fd);
-    text[used] = '\0';
-    *ret_status = 0;
-    if (sscanf(text, "HTTP/1.1 %d", ret_status) != 1)
-        return NULL;
-    start = strstr(text, "\r\n\r\n");
-    return start ? json_loads(start + 4, 0, NULL) : NULL;
-}
-
-static int status_of(struct world *world, const char *method, const char *path, const char *body)
-{
-    int status;
-
-    json_decref(ask(world, NULL, 0, method, path, body, &status));
-    return status;
-}
 
 static char *registration(const char *name, const char *more)
 {
@@ -72,42 +27,31 @@ Test(host_guests, registering_asks_for_what_is_needed_and_refuses_the_rest)
     struct world world;
 
     world_start(&world, "budget = 1G\n[domain web]\nuids = 4711\n");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", "nonsense"), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", "{\"name\":\"a\"}"), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("../a", "")), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", ",\"x\":1")), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", ",\"shares\":0")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", "nonsense"), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", "{\"name\":\"a\"}"), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("../a", "")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", ",\"x\":1")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", ",\"shares\":0")),
+                 400);
     cr_assert_eq(
-        status_of(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
+        http_status(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
         "min is more than max");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests",
-                           "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests",
+                             "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
                  400, "no such process");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", "")), 201);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", "")), 409);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests",
-                           "{\"name\":\"b\",\"pid\":1,\"max_bytes\":\"4G\",\"min_bytes\":\"2G\"}"),
-                 409, "the guarantee is more than the budget");
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}"), 409);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"none\"}"), 409);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"shares\":12}"), 200);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/b", "{\"shares\":12}"), 404);
-    cr_assert_eq(status_of(&world, "GET", "/v1/guests/b", ""), 404);
-    cr_assert_eq(status_of(&world, "GET", "/v1/nothing", ""), 404);
-    cr_assert_eq(status_of(&world, "DELETE", "/v1/status", ""), 405);
-    world_stop(&world);
-}
-
-Test(host_guests, a_body_without_end_is_cut)
-{
-    static char body[200000];
-    struct world world;
-    int status;
-
-    memset(body, ' ', sizeof(body) - 1);
-    world_start(&world, "");
-    json_decref(ask(&world, NULL, 0, "GET", "/v1/status", "", &status));
-    cr_assert_eq(status, 200);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", "")), 201);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", "")), 409);
+    cr_assert_eq(
+        http_status(&world, "POST", "/v1/guests",
+                    "{\"name\":\"b\",\"pid\":1,\"max_bytes\":\"4G\",\"min_bytes\":\"2G\"}"),
+        409, "the guarantee is more than the budget");
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}"), 409);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"none\"}"), 409);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"shares\":12}"), 200);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/b", "{\"shares\":12}"), 404);
+    cr_assert_eq(http_status(&world, "GET", "/v1/guests/b", ""), 404);
+    cr_assert_eq(http_status(&world, "GET", "/v1/nothing", ""), 404);
+    cr_assert_eq(http_status(&world, "DELETE", "/v1/status", ""), 405);
     world_stop(&world);
 }
 
@@ -139,7 +83,7 @@ Test(host_guests, status_has_every_field_that_the_interface_names)
     fake_offer_all(&fake);
     UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
     fake_stats(&fake);
-    status = ask(&world, &fake, 1, "GET", "/v1/status", "", &code);
+    status = http_ask(&world, &fake, 1, "GET", "/v1/status", "", &code);
     cr_assert_eq(code, 200);
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         cr_assert_not_null(json_object_get(json_object_get(status, "host"), host[i]), "%s",
@@ -176,7 +120,7 @@ Test(host_guests, detaching_answers_when_every_page_is_private)
         fake_write(&fake, page, page / 2 + 1);
     fake_offer_all(&fake);
     UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
-    json = ask(&world, &fake, 1, "DELETE", "/v1/guests/a", "", &code);
+    json = http_ask(&world, &fake, 1, "DELETE", "/v1/guests/a", "", &code);
     cr_assert_eq(code, 200);
     cr_assert_eq(fake_shared(&fake), 0);
     cr_assert_eq(fake.detach.rejoin, 0);
@@ -198,7 +142,7 @@ Test(host_guests, a_change_of_domain_makes_the_agent_rejoin)
     snprintf(lines, sizeof(lines), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
     world_start(&world, lines);
     fake_join(&fake, &world, "a", NULL, 64);
-    json_decref(ask(&world, &fake, 1, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}", &code));
+    json_decref(http_ask(&world, &fake, 1, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}", &code));
     cr_assert_eq(code, 200);
     UNTIL(&world, &fake, 1, fake.ended);
     cr_assert_eq(fake.detach.rejoin, 1);
@@ -221,11 +165,11 @@ Test(host_guests, places_that_do_not_sum_stop_admission)
     fake.page_count = 63;
     fake_stats(&fake);
     UNTIL(&world, &fake, 1, world.daemon.ledger.mismatches_now == 1);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("b", "")), 503);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("b", "")), 503);
     fake.page_count = 64;
     fake_stats(&fake);
     UNTIL(&world, &fake, 1, world.daemon.ledger.mismatches_now == 0);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("b", "")), 201);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("b", "")), 201);
     fake_close(&fake);
     world_stop(&world);
 }
