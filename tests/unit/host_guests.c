@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "host_http.h"
+#include "session.h"
 #include "status.h"
 
 static char *registration(const char *name, const char *more)
@@ -309,12 +310,226 @@ Test(host_guests, scanners_share_the_cpu_that_they_may_have)
     world_stop(&world);
 }
 
-/* ---- events ---- */
+/* ---- agents that do not come, and what they say ---- */
+
+/* The time that a timer stands for has passed. */
+static void let_expire(struct world *world, struct loop_timer *timer)
+{
+    cr_assert_neq(timer->due_ns, 0, "the timer does not run");
+    loop_timer_cancel(&world->daemon.loop, timer);
+    timer->expired(timer);
+}
 
 static void arrived(struct events_subscriber *subscriber)
 {
     (void)subscriber;
 }
+
+Test(host_guests, an_agent_that_never_comes_is_reported_and_its_guest_stays)
+{
+    struct events_subscriber ear = {.arrived = arrived};
+    static char text[EVENTS_BUFFER_BYTES + 1];
+    struct world world;
+    struct guest *guest;
+    json_t *json;
+    int code;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    cr_assert_eq(events_subscribe(&world.daemon.events, &ear), 0);
+    let_expire(&world, &guest->hello_timer);
+    text[events_take(&ear, text, sizeof(text) - 1)] = '\0';
+    cr_assert_not_null(strstr(text, "\"agent_missing\",\"guest\":\"a\""), "%s", text);
+    cr_assert_not_null(strstr(text, "no agent said hello"));
+    json = http_ask(&world, NULL, 0, "GET", "/v1/guests/a", "", &code);
+    cr_assert_eq(code, 200);
+    cr_assert_str_eq(json_string_value(json_object_get(json, "agent")), "none");
+    cr_assert_not_null(strstr(json_string_value(json_object_get(json, "reason")), "said hello"));
+    json_decref(json);
+    events_unsubscribe(&world.daemon.events, &ear);
+    world_stop(&world);
+}
+
+Test(host_guests, an_agent_that_comes_late_is_welcome)
+{
+    struct world world;
+    struct fake fake;
+    struct guest *guest;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    let_expire(&world, &guest->hello_timer);
+    fake_connect(&fake, &world, guest->token);
+    cr_assert(fake_hello(&fake, false));
+    cr_assert_eq(guest->engine, ENGINE_AGENT);
+    cr_assert_str_empty(guest->reason);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+Test(host_guests, a_connection_that_says_nothing_is_closed)
+{
+    struct world world;
+    struct fake fake;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    fake_connect(&fake, &world, "");
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 1);
+    let_expire(&world, &world.daemon.agents.first->greeting);
+    UNTIL(&world, &fake, 1, fake.ended);
+    cr_assert_eq(world.daemon.agents.count, 0);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+Test(host_guests, words_of_an_agent_that_are_no_text_break_no_answer)
+{
+    struct message_hello hello = {.header = {MESSAGE_HELLO, sizeof(hello)},
+                                  .magic = PROTOCOL_MAGIC,
+                                  .version = PROTOCOL_VERSION,
+                                  .page_bytes = PAGE_BYTES};
+    struct message_ram ram = {.header = {MESSAGE_RAM, sizeof(ram)}, .pages = 1, .hva = 4096};
+    struct message_stats stats = {.header = {MESSAGE_STATS, sizeof(stats)}};
+    struct world world;
+    struct guest *guest;
+    struct fake fake;
+    json_t *json;
+    int code;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    fake_connect(&fake, &world, guest->token);
+    memcpy(hello.token, guest->token, PROTOCOL_TOKEN_BYTES);
+    memset(hello.vmm, 0xfe, sizeof(hello.vmm));
+    memset(hello.reason, '\n', sizeof(hello.reason));
+    memset(ram.reason, 0x80, sizeof(ram.reason));
+    memset(stats.reason, 0xff, sizeof(stats.reason));
+    fake_send(&fake, &hello, sizeof(hello), -1);
+    fake_send(&fake, &ram, sizeof(ram), -1);
+    fake_send(&fake, &stats, sizeof(stats), -1);
+    UNTIL(&world, &fake, 1, guest->has_stats);
+    json = http_ask(&world, &fake, 1, "GET", "/v1/guests/a", "", &code);
+    cr_assert_eq(code, 200);
+    cr_assert_str_eq(json_string_value(json_object_get(json, "vmm")),
+                     "???????????????????????????????");
+    cr_assert_null(strchr(json_string_value(json_object_get(json, "reason")), '\n'));
+    cr_assert_not_null(
+        json_object_get(json_array_get(json_object_get(json, "blocks"), 0), "reason"));
+    json_decref(json);
+    daemon_stop(&world.daemon);
+    fake_close(&fake);
+    world_restart(&world, "");
+    cr_assert_not_null(registry_find(&world.daemon, "a"), "it is not on record");
+    world_stop(&world);
+}
+
+/* ---- SIGHUP ---- */
+
+static void rewrite(const struct world *world, const char *lines)
+{
+    char path[128];
+    FILE *file;
+
+    snprintf(path, sizeof(path), "%s/memd.conf", world->dir);
+    file = fopen(path, "w");
+    fputs(lines, file);
+    fclose(file);
+}
+
+static void reload(struct world *world, struct fake *fakes, size_t count, const char *lines)
+{
+    uint64_t before = world->daemon.events.emitted;
+
+    rewrite(world, lines);
+    kill(getpid(), SIGHUP);
+    UNTIL(world, fakes, count, world->daemon.events.emitted > before);
+    for (int i = 0; i < 50; i++)
+        fakes_turn(world, fakes, count);
+}
+
+Test(host_guests, a_reload_changes_what_has_changed_in_the_file_and_nothing_else)
+{
+    struct world world;
+    struct fake fakes[2];
+    struct guest *a, *b;
+    char lines[512];
+    int code;
+
+    snprintf(lines, sizeof(lines), "[domain web]\nuids = 0 %u\n[domain db]\nuids = 0 %u\n",
+             (unsigned)getuid(), (unsigned)getuid());
+    world_start(&world, lines);
+    fake_join(&fakes[0], &world, "a", "web", 8);
+    fake_join(&fakes[1], &world, "b", "db", 8);
+    a = fakes[0].guest;
+    b = fakes[1].guest;
+    json_decref(http_ask(&world, fakes, 2, "PATCH", "/v1/guests/a", "{\"shares\":7}", &code));
+    cr_assert_eq(code, 200);
+    strcat(lines, "[guest a]\nshares = 5\nmax = 2M\n[guest b]\nshares = 6\n");
+    reload(&world, fakes, 2, lines);
+    cr_assert_eq(a->account.shares, 7, "what memctl set said ranks above the file");
+    cr_assert_eq(a->account.max_bytes, 2 << 20);
+    cr_assert_eq(b->account.shares, 6);
+    cr_assert_eq(b->account.max_bytes, 1 << 30);
+    cr_assert(!fakes[0].detach_came && !fakes[1].detach_came, "nobody had to say hello again");
+    snprintf(lines, sizeof(lines), "[domain web]\nuids = 12345\n[domain db]\nuids = 0 %u\n",
+             (unsigned)getuid());
+    freopen("/dev/null", "w", stderr);
+    reload(&world, fakes, 2, lines);
+    UNTIL(&world, fakes, 2, fakes[0].ended);
+    cr_assert_eq(fakes[0].detach.rejoin, 1);
+    cr_assert_not(fakes[1].detach_came, "its domain is as it was");
+    for (int i = 0; i < 2; i++)
+        fake_close(&fakes[i]);
+    world_stop(&world);
+}
+
+static void say_hello_again(struct fake *fake, struct world *world)
+{
+    struct fake before = *fake;
+
+    UNTIL(world, fake, 1, fake->ended);
+    fake_disconnect(fake);
+    fake_connect(fake, world, before.token);
+    cr_assert(fake_hello(fake, false));
+    fake->pages = before.pages;
+    fake->page_count = before.page_count;
+    fake_ram(fake, 0, fake->page_count, 0x7f0000000000);
+    for (uint32_t page = 0; page < fake->page_count; page++)
+        fake_write(fake, page, page / 2 + 1);
+    fake_offer_all(fake);
+    for (int i = 0; i < 200; i++)
+        fakes_turn(world, fake, 1);
+}
+
+Test(host_guests, sharing_that_is_switched_off_ends_and_comes_back)
+{
+    struct world world;
+    struct fake fake;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    fake_join(&fake, &world, "a", NULL, 64);
+    for (uint32_t page = 0; page < 64; page++)
+        fake_write(&fake, page, page / 2 + 1);
+    fake_offer_all(&fake);
+    UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
+    reload(&world, &fake, 1, "[sharing]\nengine = off\n");
+    say_hello_again(&fake, &world);
+    cr_assert_eq(fake_shared(&fake), 0);
+    cr_assert_eq(fake.wants + fake.merges, 0, "memd asks for nothing although sharing is off");
+    cr_assert_eq(fake.guest->engine, ENGINE_NONE);
+    reload(&world, &fake, 1, "[sharing]\nengine = agent\n");
+    say_hello_again(&fake, &world);
+    UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+/* ---- events ---- */
 
 Test(host_guests, a_slow_listener_loses_events_and_is_told)
 {
