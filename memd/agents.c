@@ -149,13 +149,23 @@ static int welcome(struct session *session, int ring_fd)
     return session_send(session, &answer, sizeof(answer), fds, fd_count);
 }
 
+/* An agent's words for people go into logs and JSON: what is not printable ASCII becomes '?'. */
+static void copy_words(char *into, size_t bytes, const char *from, size_t from_bytes)
+{
+    size_t length = strnlen(from, from_bytes < bytes - 1 ? from_bytes : bytes - 1);
+
+    for (size_t i = 0; i < length; i++)
+        into[i] = (char)(from[i] >= ' ' && from[i] <= '~' ? from[i] : '?');
+    into[length] = '\0';
+}
+
 /* Engine and words for a guest whose agent has come. */
 static void choose_engine(struct session *session, const struct message_hello *hello)
 {
     struct guest *guest = session->guest;
     char reason[PROTOCOL_TEXT_BYTES];
 
-    snprintf(reason, sizeof(reason), "%.*s", (int)sizeof(hello->reason) - 1, hello->reason);
+    copy_words(reason, sizeof(reason), hello->reason, sizeof(hello->reason));
     if (session->features & FEATURE_SHARE)
         registry_set_engine(guest, ENGINE_AGENT, "");
     else if (session->daemon->config.engine == SHARING_OFF)
@@ -198,7 +208,7 @@ static int enter(struct session *session, struct guest *guest, const struct mess
     loop_timer_cancel(&daemon->loop, &session->greeting);
     if (!hello->held)
         registry_let_go(guest);
-    snprintf(guest->vmm, sizeof(guest->vmm), "%.*s", (int)sizeof(hello->vmm) - 1, hello->vmm);
+    copy_words(guest->vmm, sizeof(guest->vmm), hello->vmm, sizeof(hello->vmm));
     choose_engine(session, hello);
     result = welcome(session, ring_fd);
     close(ring_fd);
@@ -307,8 +317,7 @@ static int handle_ram(struct session *session, const void *message, int *fds, ch
     }
     block = &guest->blocks[guest->block_count++];
     *block = (struct guest_block){ram->first_page, ram->pages, ram->hva, ram->managed != 0, ""};
-    snprintf(block->reason, sizeof(block->reason), "%.*s", (int)sizeof(ram->reason) - 1,
-             ram->reason);
+    copy_words(block->reason, sizeof(block->reason), ram->reason, sizeof(ram->reason));
     return 0;
 }
 
@@ -443,7 +452,8 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
         return -EPROTO;
     }
     guest->stats = *stats;
-    guest->stats.reason[sizeof(guest->stats.reason) - 1] = '\0';
+    copy_words(guest->stats.reason, sizeof(guest->stats.reason), stats->reason,
+               sizeof(stats->reason));
     guest->has_stats = guest->places_stated = true;
     if (!session->scanner && !session->handler)
         session->cpu_ns = stats->cpu_ns;
@@ -509,12 +519,24 @@ int agents_detach(struct guest *guest, bool rejoin, const char *text)
     return 0;
 }
 
+void agents_reload(struct daemon *daemon, const struct config *old)
+{
+    if (old->engine == daemon->config.engine)
+        return;
+    for (struct guest *guest = daemon->registry.first; guest; guest = guest->next) {
+        if (guest->session)
+            (void)agents_detach(guest, true, "the configuration names another engine");
+        else if (guest->presence == AGENT_NONE && !guest->waiting_for_hello)
+            registry_set_engine(guest, ENGINE_KERNEL, "it has no agent");
+    }
+}
+
 void agents_detached(struct session *session)
 {
     struct guest *guest = session->guest;
     bool rejoin = session->rejoin;
 
-    session_end(session, rejoin ? "it changes its domain" : "it was detached", false);
+    session_end(session, rejoin ? "it is to say hello again" : "it was detached", false);
     registry_let_go(guest);
     if (!rejoin)
         registry_remove(guest, "detached", "detached: every page is private again");

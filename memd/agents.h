@@ -28,6 +28,9 @@ void agents_stop(struct daemon *daemon);
 void agents_tune(struct daemon *daemon);
 uint32_t agents_cpu_permille(const struct daemon *daemon);
 
+/* After SIGHUP: another engine holds for the guests that are there, too. */
+void agents_reload(struct daemon *daemon, const struct config *old);
+
 /* Makes every page of the guest private. rejoin: it says hello again afterwards (another domain).
  */
 int agents_detach(struct guest *guest, bool rejoin, const char *words);

@@ -37,7 +37,7 @@ struct control {
     struct daemon *daemon;
     struct server main, metrics;
     struct loop_timer second;
-    char metrics_listen[CONFIG_WORD_BYTES];
+    char metrics_listen[CONFIG_WORD_BYTES]; /* where it does listen; "": nowhere */
     struct request *requests;
     gid_t group; /* memd; (gid_t)-1: this host has none */
     bool stopping;
@@ -584,17 +584,41 @@ static void sampled(struct pss_waiter *waiter)
     resume(request);
 }
 
-static enum MHD_Result act(struct request *request, const char *method, const char *url)
+static enum MHD_Result answer_forbidden(struct request *request)
 {
-    if (!request->route) {
-        enum MHD_Result result = find_route(request, method, url);
-        if (!request->route)
-            return result;
-    }
+    return answer_error(request, MHD_HTTP_FORBIDDEN,
+                        "only root and members of group memd may do this, and a VMM's uid may "
+                        "look at its own guest");
+}
+
+static bool announces_too_much(const struct request *request)
+{
+    const char *length =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "Content-Length");
+
+    return length && strtoull(length, NULL, 10) > BODY_MAX;
+}
+
+/* The headers are here, of the body nothing: who may not ask, or has too much to say, is answered
+ * now. */
+static enum MHD_Result begin(struct request *request, const char *method, const char *url)
+{
+    enum MHD_Result result = find_route(request, method, url);
+
+    if (!request->route)
+        return result;
     if (!may(request))
-        return answer_error(request, MHD_HTTP_FORBIDDEN,
-                            "only root and members of group memd may do this, and a VMM's uid may "
-                            "look at its own guest");
+        return answer_forbidden(request);
+    if (announces_too_much(request))
+        return answer_error(request, MHD_HTTP_CONTENT_TOO_LARGE, "the body is more than 64 KiB");
+    return MHD_YES;
+}
+
+static enum MHD_Result act(struct request *request)
+{
+    /* Once more: while this one waited, the name may have become another user's guest. */
+    if (!may(request))
+        return answer_forbidden(request);
     if (request->route->samples && request->phase == PHASE_ACT) {
         request->phase = PHASE_SAMPLING;
         request->sample.sampled = sampled;
@@ -649,8 +673,8 @@ static enum MHD_Result handle(void *cls, struct MHD_Connection *connection, cons
 
     (void)version;
     if (!request) {
-        *context = new_request(cls, connection);
-        return *context ? MHD_YES : MHD_NO;
+        *context = request = new_request(cls, connection);
+        return request ? begin(request, method, url) : MHD_NO;
     }
     if (*bytes)
         return take_body(request, data, bytes);
@@ -658,7 +682,7 @@ static enum MHD_Result handle(void *cls, struct MHD_Connection *connection, cons
         return MHD_YES;
     if (request->phase == PHASE_BODY)
         request->phase = PHASE_ACT;
-    return act(request, method, url);
+    return act(request);
 }
 
 static void completed(void *cls, struct MHD_Connection *connection, void **context,
@@ -792,7 +816,7 @@ static int start_metrics(struct control *control)
     const char *where = control->daemon->config.metrics_listen;
     int fd;
 
-    strcpy(control->metrics_listen, where);
+    control->metrics_listen[0] = '\0';
     if (!where[0])
         return 0;
     fd = listen_tcp(where);
@@ -800,6 +824,7 @@ static int start_metrics(struct control *control)
         log_error("[metrics] listen = %s: %s", where, strerror(-fd));
         return fd;
     }
+    strcpy(control->metrics_listen, where);
     return start_server(control, &control->metrics, fd, true);
 }
 

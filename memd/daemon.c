@@ -324,6 +324,7 @@ void daemon_reload(struct daemon *daemon)
     daemon->kernel_ksm.cpu_percent = fresh.cpu_percent;
     domains_reload(daemon, &old);
     registry_reload(daemon, &old);
+    agents_reload(daemon, &old);
     agents_tune(daemon);
     control_reload(daemon);
     say_what_waits(&fresh);

@@ -55,6 +55,15 @@ static void park(void *owner, const struct trust_domain *domain, uint32_t segmen
         (void)sd_notify(0, words);
 }
 
+/* What is not taken back must not rest there for ever: it would keep its memory. */
+static void unpark(const char *name)
+{
+    char words[300];
+
+    snprintf(words, sizeof(words), "FDSTOREREMOVE=1\nFDNAME=%s", name);
+    (void)sd_notify(0, words);
+}
+
 static void add_counters(struct ksm_counters *sum, const struct ksm_counters *one)
 {
     /* Nothing but counters of one type. */
@@ -241,6 +250,7 @@ static void take_parked(struct daemon *daemon, const char *words, int fd)
         if (recorded && trust_domain_take_back(domain, segment, recorded->pages, fd) == 0)
             return;
     }
+    unpark(words);
     close(fd);
 }
 

@@ -323,7 +323,8 @@ static int take_entry(struct session *session, struct ring_entry entry)
 
     if (entry.op < sizeof(ring_ops) / sizeof(ring_ops[0]) && ring_ops[entry.op].take) {
         name = ring_ops[entry.op].name;
-        if (ring_ops[entry.op].ignored & IN_STATE(session->state))
+        if (ring_ops[entry.op].ignored & IN_STATE(session->state) ||
+            (entry.op == RING_OFFER && !(session->features & FEATURE_SHARE)))
             return 0;
         if (ring_ops[entry.op].states & IN_STATE(session->state))
             result = ring_ops[entry.op].take(session->member, entry, session->ring);

@@ -6,56 +6,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "host_world.h"
+#include "host_http.h"
+#include "session.h"
 #include "status.h"
-
-/* One request over the control socket; the answer as JSON (NULL: no body that is), its status in
- * *ret_status. */
-static json_t *ask(struct world *world, struct fake *fakes, size_t count, const char *method,
-                   const char *path, const char *body, int *ret_status)
-{
-    static char text[1 << 20];
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    size_t used = 0;
-    const char *start;
-
-    snprintf(address.sun_path, sizeof(address.sun_path), "%s/memd.sock", world->dir);
-    cr_assert_eq(connect(fd, (struct sockaddr *)&address, sizeof(address)), 0);
-    snprintf(text, sizeof(text),
-             "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-             method, path, strlen(body), body);
-    cr_assert_eq(write(fd, text, strlen(text)), (ssize_t)strlen(text));
-    for (int i = 0; i < 20000; i++) {
-        ssize_t got = read(fd, text + used, sizeof(text) - 1 - used);
-
-        if (got == 0)
-            break;
-        if (got > 0)
-            used += (size_t)got;
-        fakes_turn(world, fakes, count);
-    }
-    close(fd);
-    text[used] = '\0';
-    *ret_status = 0;
-    if (sscanf(text, "HTTP/1.1 %d", ret_status) != 1)
-        return NULL;
-    start = strstr(text, "\r\n\r\n");
-    return start ? json_loads(start + 4, 0, NULL) : NULL;
-}
-
-static int status_of(struct world *world, const char *method, const char *path, const char *body)
-{
-    int status;
-
-    json_decref(ask(world, NULL, 0, method, path, body, &status));
-    return status;
-}
 
 static char *registration(const char *name, const char *more)
 {
@@ -72,42 +28,31 @@ Test(host_guests, registering_asks_for_what_is_needed_and_refuses_the_rest)
     struct world world;
 
     world_start(&world, "budget = 1G\n[domain web]\nuids = 4711\n");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", "nonsense"), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", "{\"name\":\"a\"}"), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("../a", "")), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", ",\"x\":1")), 400);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", ",\"shares\":0")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", "nonsense"), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", "{\"name\":\"a\"}"), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("../a", "")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", ",\"x\":1")), 400);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", ",\"shares\":0")),
+                 400);
     cr_assert_eq(
-        status_of(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
+        http_status(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
         "min is more than max");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests",
-                           "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests",
+                             "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
                  400, "no such process");
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", "")), 201);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("a", "")), 409);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests",
-                           "{\"name\":\"b\",\"pid\":1,\"max_bytes\":\"4G\",\"min_bytes\":\"2G\"}"),
-                 409, "the guarantee is more than the budget");
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}"), 409);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"none\"}"), 409);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/a", "{\"shares\":12}"), 200);
-    cr_assert_eq(status_of(&world, "PATCH", "/v1/guests/b", "{\"shares\":12}"), 404);
-    cr_assert_eq(status_of(&world, "GET", "/v1/guests/b", ""), 404);
-    cr_assert_eq(status_of(&world, "GET", "/v1/nothing", ""), 404);
-    cr_assert_eq(status_of(&world, "DELETE", "/v1/status", ""), 405);
-    world_stop(&world);
-}
-
-Test(host_guests, a_body_without_end_is_cut)
-{
-    static char body[200000];
-    struct world world;
-    int status;
-
-    memset(body, ' ', sizeof(body) - 1);
-    world_start(&world, "");
-    json_decref(ask(&world, NULL, 0, "GET", "/v1/status", "", &status));
-    cr_assert_eq(status, 200);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", "")), 201);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("a", "")), 409);
+    cr_assert_eq(
+        http_status(&world, "POST", "/v1/guests",
+                    "{\"name\":\"b\",\"pid\":1,\"max_bytes\":\"4G\",\"min_bytes\":\"2G\"}"),
+        409, "the guarantee is more than the budget");
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}"), 409);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"none\"}"), 409);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"shares\":12}"), 200);
+    cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/b", "{\"shares\":12}"), 404);
+    cr_assert_eq(http_status(&world, "GET", "/v1/guests/b", ""), 404);
+    cr_assert_eq(http_status(&world, "GET", "/v1/nothing", ""), 404);
+    cr_assert_eq(http_status(&world, "DELETE", "/v1/status", ""), 405);
     world_stop(&world);
 }
 
@@ -139,7 +84,7 @@ Test(host_guests, status_has_every_field_that_the_interface_names)
     fake_offer_all(&fake);
     UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
     fake_stats(&fake);
-    status = ask(&world, &fake, 1, "GET", "/v1/status", "", &code);
+    status = http_ask(&world, &fake, 1, "GET", "/v1/status", "", &code);
     cr_assert_eq(code, 200);
     for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
         cr_assert_not_null(json_object_get(json_object_get(status, "host"), host[i]), "%s",
@@ -176,7 +121,7 @@ Test(host_guests, detaching_answers_when_every_page_is_private)
         fake_write(&fake, page, page / 2 + 1);
     fake_offer_all(&fake);
     UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
-    json = ask(&world, &fake, 1, "DELETE", "/v1/guests/a", "", &code);
+    json = http_ask(&world, &fake, 1, "DELETE", "/v1/guests/a", "", &code);
     cr_assert_eq(code, 200);
     cr_assert_eq(fake_shared(&fake), 0);
     cr_assert_eq(fake.detach.rejoin, 0);
@@ -198,7 +143,7 @@ Test(host_guests, a_change_of_domain_makes_the_agent_rejoin)
     snprintf(lines, sizeof(lines), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
     world_start(&world, lines);
     fake_join(&fake, &world, "a", NULL, 64);
-    json_decref(ask(&world, &fake, 1, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}", &code));
+    json_decref(http_ask(&world, &fake, 1, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}", &code));
     cr_assert_eq(code, 200);
     UNTIL(&world, &fake, 1, fake.ended);
     cr_assert_eq(fake.detach.rejoin, 1);
@@ -221,11 +166,11 @@ Test(host_guests, places_that_do_not_sum_stop_admission)
     fake.page_count = 63;
     fake_stats(&fake);
     UNTIL(&world, &fake, 1, world.daemon.ledger.mismatches_now == 1);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("b", "")), 503);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("b", "")), 503);
     fake.page_count = 64;
     fake_stats(&fake);
     UNTIL(&world, &fake, 1, world.daemon.ledger.mismatches_now == 0);
-    cr_assert_eq(status_of(&world, "POST", "/v1/guests", registration("b", "")), 201);
+    cr_assert_eq(http_status(&world, "POST", "/v1/guests", registration("b", "")), 201);
     fake_close(&fake);
     world_stop(&world);
 }
@@ -365,12 +310,226 @@ Test(host_guests, scanners_share_the_cpu_that_they_may_have)
     world_stop(&world);
 }
 
-/* ---- events ---- */
+/* ---- agents that do not come, and what they say ---- */
+
+/* The time that a timer stands for has passed. */
+static void let_expire(struct world *world, struct loop_timer *timer)
+{
+    cr_assert_neq(timer->due_ns, 0, "the timer does not run");
+    loop_timer_cancel(&world->daemon.loop, timer);
+    timer->expired(timer);
+}
 
 static void arrived(struct events_subscriber *subscriber)
 {
     (void)subscriber;
 }
+
+Test(host_guests, an_agent_that_never_comes_is_reported_and_its_guest_stays)
+{
+    struct events_subscriber ear = {.arrived = arrived};
+    static char text[EVENTS_BUFFER_BYTES + 1];
+    struct world world;
+    struct guest *guest;
+    json_t *json;
+    int code;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    cr_assert_eq(events_subscribe(&world.daemon.events, &ear), 0);
+    let_expire(&world, &guest->hello_timer);
+    text[events_take(&ear, text, sizeof(text) - 1)] = '\0';
+    cr_assert_not_null(strstr(text, "\"agent_missing\",\"guest\":\"a\""), "%s", text);
+    cr_assert_not_null(strstr(text, "no agent said hello"));
+    json = http_ask(&world, NULL, 0, "GET", "/v1/guests/a", "", &code);
+    cr_assert_eq(code, 200);
+    cr_assert_str_eq(json_string_value(json_object_get(json, "agent")), "none");
+    cr_assert_not_null(strstr(json_string_value(json_object_get(json, "reason")), "said hello"));
+    json_decref(json);
+    events_unsubscribe(&world.daemon.events, &ear);
+    world_stop(&world);
+}
+
+Test(host_guests, an_agent_that_comes_late_is_welcome)
+{
+    struct world world;
+    struct fake fake;
+    struct guest *guest;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    let_expire(&world, &guest->hello_timer);
+    fake_connect(&fake, &world, guest->token);
+    cr_assert(fake_hello(&fake, false));
+    cr_assert_eq(guest->engine, ENGINE_AGENT);
+    cr_assert_str_empty(guest->reason);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+Test(host_guests, a_connection_that_says_nothing_is_closed)
+{
+    struct world world;
+    struct fake fake;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    fake_connect(&fake, &world, "");
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 1);
+    let_expire(&world, &world.daemon.agents.first->greeting);
+    UNTIL(&world, &fake, 1, fake.ended);
+    cr_assert_eq(world.daemon.agents.count, 0);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+Test(host_guests, words_of_an_agent_that_are_no_text_break_no_answer)
+{
+    struct message_hello hello = {.header = {MESSAGE_HELLO, sizeof(hello)},
+                                  .magic = PROTOCOL_MAGIC,
+                                  .version = PROTOCOL_VERSION,
+                                  .page_bytes = PAGE_BYTES};
+    struct message_ram ram = {.header = {MESSAGE_RAM, sizeof(ram)}, .pages = 1, .hva = 4096};
+    struct message_stats stats = {.header = {MESSAGE_STATS, sizeof(stats)}};
+    struct world world;
+    struct guest *guest;
+    struct fake fake;
+    json_t *json;
+    int code;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    guest = world_register(&world, "a", NULL);
+    fake_connect(&fake, &world, guest->token);
+    memcpy(hello.token, guest->token, PROTOCOL_TOKEN_BYTES);
+    memset(hello.vmm, 0xfe, sizeof(hello.vmm));
+    memset(hello.reason, '\n', sizeof(hello.reason));
+    memset(ram.reason, 0x80, sizeof(ram.reason));
+    memset(stats.reason, 0xff, sizeof(stats.reason));
+    fake_send(&fake, &hello, sizeof(hello), -1);
+    fake_send(&fake, &ram, sizeof(ram), -1);
+    fake_send(&fake, &stats, sizeof(stats), -1);
+    UNTIL(&world, &fake, 1, guest->has_stats);
+    json = http_ask(&world, &fake, 1, "GET", "/v1/guests/a", "", &code);
+    cr_assert_eq(code, 200);
+    cr_assert_str_eq(json_string_value(json_object_get(json, "vmm")),
+                     "???????????????????????????????");
+    cr_assert_null(strchr(json_string_value(json_object_get(json, "reason")), '\n'));
+    cr_assert_not_null(
+        json_object_get(json_array_get(json_object_get(json, "blocks"), 0), "reason"));
+    json_decref(json);
+    daemon_stop(&world.daemon);
+    fake_close(&fake);
+    world_restart(&world, "");
+    cr_assert_not_null(registry_find(&world.daemon, "a"), "it is not on record");
+    world_stop(&world);
+}
+
+/* ---- SIGHUP ---- */
+
+static void rewrite(const struct world *world, const char *lines)
+{
+    char path[128];
+    FILE *file;
+
+    snprintf(path, sizeof(path), "%s/memd.conf", world->dir);
+    file = fopen(path, "w");
+    fputs(lines, file);
+    fclose(file);
+}
+
+static void reload(struct world *world, struct fake *fakes, size_t count, const char *lines)
+{
+    uint64_t before = world->daemon.events.emitted;
+
+    rewrite(world, lines);
+    kill(getpid(), SIGHUP);
+    UNTIL(world, fakes, count, world->daemon.events.emitted > before);
+    for (int i = 0; i < 50; i++)
+        fakes_turn(world, fakes, count);
+}
+
+Test(host_guests, a_reload_changes_what_has_changed_in_the_file_and_nothing_else)
+{
+    struct world world;
+    struct fake fakes[2];
+    struct guest *a, *b;
+    char lines[512];
+    int code;
+
+    snprintf(lines, sizeof(lines), "[domain web]\nuids = 0 %u\n[domain db]\nuids = 0 %u\n",
+             (unsigned)getuid(), (unsigned)getuid());
+    world_start(&world, lines);
+    fake_join(&fakes[0], &world, "a", "web", 8);
+    fake_join(&fakes[1], &world, "b", "db", 8);
+    a = fakes[0].guest;
+    b = fakes[1].guest;
+    json_decref(http_ask(&world, fakes, 2, "PATCH", "/v1/guests/a", "{\"shares\":7}", &code));
+    cr_assert_eq(code, 200);
+    strcat(lines, "[guest a]\nshares = 5\nmax = 2M\n[guest b]\nshares = 6\n");
+    reload(&world, fakes, 2, lines);
+    cr_assert_eq(a->account.shares, 7, "what memctl set said ranks above the file");
+    cr_assert_eq(a->account.max_bytes, 2 << 20);
+    cr_assert_eq(b->account.shares, 6);
+    cr_assert_eq(b->account.max_bytes, 1 << 30);
+    cr_assert(!fakes[0].detach_came && !fakes[1].detach_came, "nobody had to say hello again");
+    snprintf(lines, sizeof(lines), "[domain web]\nuids = 12345\n[domain db]\nuids = 0 %u\n",
+             (unsigned)getuid());
+    freopen("/dev/null", "w", stderr);
+    reload(&world, fakes, 2, lines);
+    UNTIL(&world, fakes, 2, fakes[0].ended);
+    cr_assert_eq(fakes[0].detach.rejoin, 1);
+    cr_assert_not(fakes[1].detach_came, "its domain is as it was");
+    for (int i = 0; i < 2; i++)
+        fake_close(&fakes[i]);
+    world_stop(&world);
+}
+
+static void say_hello_again(struct fake *fake, struct world *world)
+{
+    struct fake before = *fake;
+
+    UNTIL(world, fake, 1, fake->ended);
+    fake_disconnect(fake);
+    fake_connect(fake, world, before.token);
+    cr_assert(fake_hello(fake, false));
+    fake->pages = before.pages;
+    fake->page_count = before.page_count;
+    fake_ram(fake, 0, fake->page_count, 0x7f0000000000);
+    for (uint32_t page = 0; page < fake->page_count; page++)
+        fake_write(fake, page, page / 2 + 1);
+    fake_offer_all(fake);
+    for (int i = 0; i < 200; i++)
+        fakes_turn(world, fake, 1);
+}
+
+Test(host_guests, sharing_that_is_switched_off_ends_and_comes_back)
+{
+    struct world world;
+    struct fake fake;
+
+    world_start(&world, "");
+    freopen("/dev/null", "w", stderr);
+    fake_join(&fake, &world, "a", NULL, 64);
+    for (uint32_t page = 0; page < 64; page++)
+        fake_write(&fake, page, page / 2 + 1);
+    fake_offer_all(&fake);
+    UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
+    reload(&world, &fake, 1, "[sharing]\nengine = off\n");
+    say_hello_again(&fake, &world);
+    cr_assert_eq(fake_shared(&fake), 0);
+    cr_assert_eq(fake.wants + fake.merges, 0, "memd asks for nothing although sharing is off");
+    cr_assert_eq(fake.guest->engine, ENGINE_NONE);
+    reload(&world, &fake, 1, "[sharing]\nengine = agent\n");
+    say_hello_again(&fake, &world);
+    UNTIL(&world, &fake, 1, fake_shared(&fake) == 64);
+    fake_close(&fake);
+    world_stop(&world);
+}
+
+/* ---- events ---- */
 
 Test(host_guests, a_slow_listener_loses_events_and_is_told)
 {

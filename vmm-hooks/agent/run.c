@@ -245,8 +245,8 @@ static void end_pass(struct memd_vm *vm)
 
 static bool may_scan(const struct memd_vm *vm)
 {
-    return vm->rpc.fd >= 0 && vm->ram_open && !vm->paused && !vm->detached &&
-           __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
+    return vm->rpc.fd >= 0 && vm->features & FEATURE_SHARE && vm->ram_open && !vm->paused &&
+           !vm->detached && __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
 }
 
 /* One step of the scan, if it is time. Returns how long nothing is to be done. */

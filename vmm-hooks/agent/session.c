@@ -256,6 +256,7 @@ int session_open(struct memd_vm *vm)
     }
     agent_say(vm, "");
     try_descriptor(vm, dev);
+    vm->features = welcome.features;
     vm->revisit_ms = welcome.revisit_ms;
     vm->cpu_permille = welcome.cpu_permille;
     vm->scanner.secret = welcome.secret;
