@@ -9,9 +9,11 @@
  */
 #include <errno.h>
 #include <fnmatch.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "analyze_count.h"
 #include "analyze_report.h"
@@ -45,6 +47,18 @@ struct analyze {
     char **domain_names; /* those given, and one for each source that is in none of them */
     struct analyze_options options;
 };
+
+/* A mapped file that shrinks, or a disk that fails, shows as SIGBUS; there is no going on. */
+static void on_bus_error(int signal_number)
+{
+    static const char words[] =
+        "memctl: a source can't be read: it has shrunk, or its disk fails; dump it again\n";
+
+    (void)signal_number;
+    if (write(STDERR_FILENO, words, sizeof(words) - 1) < 0)
+        _exit(CTL_FAILED);
+    _exit(CTL_FAILED);
+}
 
 /* ---- opening sources ---- */
 
@@ -402,6 +416,7 @@ enum ctl_status ctl_analyze_run(const struct ctl_arguments *arguments)
     };
     enum ctl_status status = name_sources(&analyze);
 
+    signal(SIGBUS, on_bus_error);
     if (status == CTL_DONE)
         status = take_domains(&analyze);
     if (status == CTL_DONE)

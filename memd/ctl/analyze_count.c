@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One walk over all sources, in chunks that stay in the processor's cache. The pages of a chunk are
- * hashed first, which also fetches their places in the table; then each is looked up.
+ * One walk over all sources, in chunks. A batch of pages is hashed first, which also fetches their
+ * places in the table; then each of them is looked up.
  *
  * Exactly by content, without holding the pages: a table has one entry for each content, which
  * names the first unit that had it. A page whose hash is found is compared byte by byte with that
@@ -35,9 +35,13 @@
 
 #include "hash.h"
 
-/* A chunk: 512 KiB, which half of a usual second-level cache holds, and a system call is cheap
- * against. Measured: 128 KiB and 2 MiB are both slower. */
+/* A chunk is what is dropped at once when it is behind: 512 KiB, against which a system call costs
+ * nothing. */
 #define CHUNK_PAGES 128U
+
+/* A batch is hashed, and then looked up: long enough for the table's lines to arrive, short enough
+ * that hashing does not drive them out again. */
+#define BATCH_PAGES 16U
 
 /* The longest run of originals that is read ahead for comparing. */
 #define RUN_PAGES 64U
@@ -84,9 +88,10 @@ struct counter {
     void *lz4_state;
     struct run run;
     /* The chunk at hand. */
-    uint8_t *chunk, *earlier;
+    const uint8_t *chunk;
+    uint8_t *buffer, *earlier_buffer; /* for what can't be looked at in place */
     uint32_t chunk_first, chunk_pages;
-    uint64_t hashes[CHUNK_PAGES];
+    uint64_t hashes[BATCH_PAGES];
 };
 
 /* ---- tables ---- */
@@ -330,29 +335,32 @@ static int end_units(struct counter *counter, size_t source, uint32_t page, bool
 
 /* ---- the walk ---- */
 
-/* Finds the kind of each page of the chunk, and the hashes of those that need one. */
-static void hash_chunk(struct counter *counter, bool compare)
+/* Finds the kinds of `count` pages from page `from` of the chunk on, and the hashes of those that
+ * need one. */
+static void hash_batch(struct counter *counter, const uint8_t *earlier, uint32_t from,
+                       uint32_t count)
 {
     const struct level *level = &counter->levels[ANALYZE_PAGES];
     uint32_t *contents = &counter->contents[counter->chunk_first];
 
-    for (uint32_t i = 0; i < counter->chunk_pages; i++) {
+    for (uint32_t i = from; i < from + count; i++) {
         const uint8_t *page = counter->chunk + i * PAGE_BYTES;
 
         contents[i] = CONTENT_ZERO;
-        if (compare && memcmp(page, counter->earlier + i * PAGE_BYTES, PAGE_BYTES) != 0) {
+        if (earlier && memcmp(page, earlier + i * PAGE_BYTES, PAGE_BYTES) != 0) {
             contents[i] = CONTENT_CHANGED;
-        } else if (!hash_page_is_zero(page)) {
+        } else if (*(const uint64_t *)(const void *)page || !hash_page_is_zero(page)) {
+            uint64_t hash = XXH3_64bits_withSeed(page, PAGE_BYTES, counter->seed);
+
             contents[i] = counter->chunk_first + i + 1;
-            counter->hashes[i] = XXH3_64bits_withSeed(page, PAGE_BYTES, counter->seed);
-            __builtin_prefetch(&level->table[slot_of(level, counter->hashes[i])], 1);
+            counter->hashes[i - from] = hash;
+            __builtin_prefetch(&level->table[slot_of(level, hash)], 1);
         }
     }
 }
 
-static int count_page(struct counter *counter, size_t source, uint32_t i)
+static int count_page(struct counter *counter, size_t source, uint32_t page, uint64_t hash)
 {
-    uint32_t page = counter->chunk_first + i;
     uint32_t *content = &counter->contents[page];
     struct entry *entry;
     int error;
@@ -360,7 +368,7 @@ static int count_page(struct counter *counter, size_t source, uint32_t i)
     if (!count_kind(&counter->result->sources[source][ANALYZE_PAGES], 1, *content == CONTENT_ZERO,
                     *content == CONTENT_CHANGED))
         return 0;
-    error = count_unit(counter, ANALYZE_PAGES, source, page, counter->hashes[i], &entry);
+    error = count_unit(counter, ANALYZE_PAGES, source, page, hash, &entry);
     if (error < 0)
         return error;
     *content = entry->unit + 1;
@@ -369,25 +377,41 @@ static int count_page(struct counter *counter, size_t source, uint32_t i)
     return 0;
 }
 
+/* *ret_earlier is NULL where there is no earlier dump. */
+static int view_chunk(struct counter *counter, const struct analyze_source *source, uint64_t page,
+                      uint32_t pages, const uint8_t **ret_earlier)
+{
+    int error = ctl_analyze_view(&source->now, page, pages, counter->buffer, &counter->chunk);
+
+    *ret_earlier = NULL;
+    if (error == 0 && source->earlier.fd >= 0)
+        error =
+            ctl_analyze_view(&source->earlier, page, pages, counter->earlier_buffer, ret_earlier);
+    return error;
+}
+
 static int count_chunk(struct counter *counter, size_t index, uint64_t page, uint32_t pages)
 {
     const struct analyze_source *source = &counter->sources[index];
-    bool compare = source->earlier.fd >= 0;
-    int error = ctl_analyze_read(&source->now, page, pages, counter->chunk);
+    const uint8_t *earlier;
+    int error = view_chunk(counter, source, page, pages, &earlier);
 
-    if (error == 0 && compare)
-        error = ctl_analyze_read(&source->earlier, page, pages, counter->earlier);
     if (error < 0)
         return error;
     counter->chunk_first = counter->first_page[index] + (uint32_t)page;
     counter->chunk_pages = pages;
-    hash_chunk(counter, compare);
     for (uint32_t i = 0; error == 0 && i < pages; i++) {
-        error = count_page(counter, index, i);
+        if (i % BATCH_PAGES == 0)
+            hash_batch(counter, earlier, i, pages - i < BATCH_PAGES ? pages - i : BATCH_PAGES);
+        error =
+            count_page(counter, index, counter->chunk_first + i, counter->hashes[i % BATCH_PAGES]);
         if (error == 0)
             error = end_units(counter, index, counter->chunk_first + i,
                               page + i + 1 == source->now.pages);
     }
+    ctl_analyze_drop(&source->now, counter->chunk, pages);
+    if (earlier)
+        ctl_analyze_drop(&source->earlier, earlier, pages);
     return error;
 }
 
@@ -472,15 +496,23 @@ static void *map_zeros(uint64_t bytes)
     return address == MAP_FAILED ? NULL : address;
 }
 
+static uint64_t table_bytes(const struct level *level)
+{
+    uint64_t bytes = level->slots * sizeof(struct entry);
+
+    /* The kernel gives huge pages to mappings that are whole numbers of them. Each look-up is
+     * somewhere else: without huge pages, each costs a miss of the translation as well. */
+    return bytes < HUGE_BYTES ? bytes : (bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+}
+
 static int open_level(struct level *level, uint64_t unit_bytes, uint64_t units)
 {
     level->unit_pages = (uint32_t)(unit_bytes / PAGE_BYTES);
     level->slots = units + units / 3 + 1;
-    level->table = map_zeros(level->slots * sizeof(struct entry));
+    level->table = map_zeros(table_bytes(level));
     if (!level->table)
         return -ENOMEM;
-    /* Each look-up is somewhere else: without it, each costs a miss of the translation as well. */
-    madvise(level->table, level->slots * sizeof(struct entry), MADV_HUGEPAGE);
+    madvise(level->table, table_bytes(level), MADV_HUGEPAGE);
     return 0;
 }
 
@@ -531,13 +563,13 @@ static int open_counter(struct counter *counter)
     if (getrandom(&counter->seed, sizeof(counter->seed), 0) != sizeof(counter->seed))
         return -EAGAIN;
     counter->lz4_state = malloc((size_t)LZ4_sizeofState());
-    counter->chunk = malloc(CHUNK_PAGES * PAGE_BYTES);
-    counter->earlier = malloc(CHUNK_PAGES * PAGE_BYTES);
-    counter->run.bytes = malloc(RUN_PAGES * PAGE_BYTES);
+    counter->buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
+    counter->earlier_buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
+    counter->run = (struct run){.bytes = malloc(RUN_PAGES * PAGE_BYTES), .next = PAGE_NONE};
     result->sources = calloc(counter->source_count, sizeof(*result->sources));
     result->domains = domains ? calloc(domains, sizeof(*result->domains)) : NULL;
-    if (!counter->lz4_state || !counter->chunk || !counter->earlier || !counter->run.bytes ||
-        !result->sources || (domains && !result->domains))
+    if (!counter->lz4_state || !counter->buffer || !counter->earlier_buffer ||
+        !counter->run.bytes || !result->sources || (domains && !result->domains))
         return -ENOMEM;
     error = number_pages(counter);
     return error == 0 ? open_levels(counter) : error;
@@ -549,14 +581,14 @@ static void close_counter(struct counter *counter)
         struct level *level = &counter->levels[which];
 
         if (level->table)
-            munmap(level->table, level->slots * sizeof(struct entry));
+            munmap(level->table, table_bytes(level));
     }
     if (counter->contents)
         munmap(counter->contents, counter->content_count * sizeof(*counter->contents));
     free(counter->first_page);
     free(counter->lz4_state);
-    free(counter->chunk);
-    free(counter->earlier);
+    free(counter->buffer);
+    free(counter->earlier_buffer);
     free(counter->run.bytes);
     free(counter);
 }

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* Holes that are shorter are read as the zeros that they are: what the list of extents takes stays
@@ -49,6 +50,18 @@ static const char *find_foreign(const char head[MAGIC_CHARS])
 }
 
 /* ---- raw dumps ---- */
+
+/* Not being able to is no error: pages are read then. */
+static void map(struct analyze_file *file)
+{
+    size_t bytes = (size_t)file->status.st_size;
+    void *address = mmap(NULL, bytes, PROT_READ, MAP_SHARED, file->fd, 0);
+
+    if (address == MAP_FAILED)
+        return;
+    madvise(address, bytes, MADV_SEQUENTIAL);
+    file->map = address;
+}
 
 static int add_extent(struct analyze_file *file, uint64_t start, uint64_t end)
 {
@@ -101,11 +114,13 @@ int ctl_analyze_open_raw(int fd, uint64_t pages, struct analyze_file *ret_file)
     if (fstat(fd, &file.status) < 0)
         return -errno;
     error = list_data(&file);
-    if (error == 0)
-        *ret_file = file;
-    else
+    if (error < 0) {
         free(file.extents);
-    return error;
+        return error;
+    }
+    map(&file);
+    *ret_file = file;
+    return 0;
 }
 
 /* ---- ELF cores ---- */
@@ -144,6 +159,7 @@ static int open_elf(struct analyze_file *file, char why[ANALYZE_WHY_CHARS])
     file->extents = ram.extents;
     file->extent_count = ram.extent_count;
     file->pages = ram.pages;
+    map(file);
     return 0;
 }
 
@@ -203,7 +219,6 @@ int ctl_analyze_open_dump(const char *path, struct analyze_file *ret_file,
     if (error == 0)
         error = look_into(&file, words);
     if (error == 0) {
-        posix_fadvise(file.fd, 0, 0, POSIX_FADV_SEQUENTIAL);
         *ret_file = file;
         return 0;
     }
@@ -266,6 +281,30 @@ int ctl_analyze_read(const struct analyze_file *file, uint64_t page, uint64_t co
     return error;
 }
 
+int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t count,
+                     uint8_t *buffer, const uint8_t **ret_bytes)
+{
+    size_t i = find_extent(file, page);
+    const struct analyze_extent *extent = &file->extents[i];
+    bool whole = file->map && i < file->extent_count && extent->page <= page &&
+                 page + count <= extent->page + extent->pages &&
+                 extent->offset % sizeof(uint64_t) == 0; /* pages are looked at in words */
+    int error = whole ? 0 : ctl_analyze_read(file, page, count, buffer);
+
+    if (error == 0)
+        *ret_bytes =
+            whole ? file->map + extent->offset + (page - extent->page) * PAGE_BYTES : buffer;
+    return error;
+}
+
+void ctl_analyze_drop(const struct analyze_file *file, const uint8_t *bytes, uint64_t count)
+{
+    uintptr_t start = (uintptr_t)bytes / PAGE_BYTES * PAGE_BYTES;
+
+    if (file->map && bytes >= file->map && bytes < file->map + file->status.st_size)
+        madvise((void *)start, (uintptr_t)bytes - start + count * PAGE_BYTES, MADV_DONTNEED);
+}
+
 uint64_t ctl_analyze_data_pages(const struct analyze_file *file)
 {
     uint64_t pages = 0;
@@ -288,6 +327,8 @@ void ctl_analyze_close(struct analyze_file *file)
 {
     if (file->fd < 0)
         return;
+    if (file->map)
+        munmap((void *)file->map, (size_t)file->status.st_size);
     free(file->extents);
     close(file->fd);
     file->fd = -1;

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Where analyze takes pages from: raw dumps, ELF cores and live guests. All become an open file
- * and a list of the extents in it that hold pages; what lies between them is zeros. Pages are
- * read, not mapped: memory stays what it is however large a source is, and a file that shrinks is
- * an error instead of a signal.
+ * and a list of the extents in it that hold pages; what lies between them is zeros.
+ *
+ * A file is mapped as a whole, because hashing pages where they lie in the page cache is a fifth
+ * faster than copying them out; who walks through it drops what lies behind him, so that memory
+ * stays what it is however large the file is. A mapped file that shrinks raises SIGBUS.
  */
 #ifndef MEMD_CTL_ANALYZE_SOURCE_H
 #define MEMD_CTL_ANALYZE_SOURCE_H
@@ -16,6 +18,7 @@
 struct analyze_file {
     int fd; /* -1: none */
     uint64_t pages;
+    const uint8_t *map;             /* the whole file; NULL where that did not work */
     struct analyze_extent *extents; /* owned; ascending by page, and not overlapping */
     size_t extent_count;
     uint64_t unsettled; /* of a live guest: pages that changed while they were copied */
@@ -57,6 +60,13 @@ int ctl_analyze_open_blocks(int pid, const struct analyze_block *blocks, size_t 
  * file has shrunk, or -errno. */
 int ctl_analyze_read(const struct analyze_file *file, uint64_t page, uint64_t count,
                      uint8_t *buffer);
+
+/* The same, without a copy if that can be: *ret_bytes is in the mapping, or else `buffer`. */
+int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t count,
+                     uint8_t *buffer, const uint8_t **ret_bytes);
+
+/* Gives back the memory of a view that will not be looked at again. */
+void ctl_analyze_drop(const struct analyze_file *file, const uint8_t *bytes, uint64_t count);
 
 /* How many pages from `page` on are zeros without a look at the file. */
 uint64_t ctl_analyze_hole(const struct analyze_file *file, uint64_t page);
