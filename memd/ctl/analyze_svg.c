@@ -18,9 +18,9 @@
 #define ROW_HEIGHT     26.0
 #define BAR_HEIGHT     18.0
 #define GROUP_GAP      10.0 /* between the sources and what is said of all of them */
-#define AXIS_HEIGHT    44.0
+#define AXIS_HEIGHT    52.0
 #define NOTE_HEIGHT    16.0
-#define CHARACTER      6.4 /* width of a character of the labels, roughly */
+#define CHARACTER      7.0 /* width of a character of the labels, roughly */
 #define LABEL_CHARS    26U /* longer names lose their middle */
 #define NUMBERS_WIDTH  128.0
 #define NUMBER_PERCENT 7.5 /* a piece of less has no room for its number */

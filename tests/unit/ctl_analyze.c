@@ -716,3 +716,41 @@ Test(ctl_analyze, memory_that_can_not_be_looked_at_safely_is_refused)
     stop_live(&live);
     cr_expect(ctl_analyze_open_blocks(live.child, &block, 1, &file, why) < 0);
 }
+
+/* A child that writes to its first page for ever, and never to the second. */
+static pid_t start_writer(uint64_t *page)
+{
+    pid_t child;
+
+    memset(page, 5, 2 * PAGE_BYTES);
+    child = fork();
+    while (child == 0)
+        (*(volatile uint64_t *)page)++;
+    return child;
+}
+
+Test(ctl_analyze, a_page_that_changes_while_it_is_copied_is_counted)
+{
+    uint64_t *pages = mmap(NULL, 2 * PAGE_BYTES, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    struct analyze_block block = {(uintptr_t)pages, 2};
+    struct analyze_file file;
+    char why[ANALYZE_WHY_CHARS];
+    pid_t child = start_writer(pages);
+    uint64_t seen = 0;
+
+    /* It may not have had its turn in between. */
+    for (int i = 0; seen == 0 && i < 100000; i++) {
+        cr_assert(ctl_analyze_open_blocks(child, &block, 1, &file, why) == 0, "%s", why);
+        seen = file.unsettled;
+        ctl_analyze_close(&file);
+    }
+    cr_expect(seen == 1, "%lu pages", seen);
+    kill(child, SIGSTOP);
+    waitpid(child, NULL, WUNTRACED);
+    cr_assert(ctl_analyze_open_blocks(child, &block, 1, &file, why) == 0, "%s", why);
+    cr_expect(file.unsettled == 0);
+    ctl_analyze_close(&file);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+}
