@@ -140,14 +140,17 @@ static int read_head(struct reader *reader)
         return refuse(reader, "has program headers of an unknown size; " DUMP_AGAIN);
     reader->header_offset = get(reader, head, &e_phoff);
     reader->header_count = (uint32_t)get(reader, head, &e_phnum);
-    return reader->header_count == PN_XNUM ? read_extended_count(reader, head) : 0;
+    if (reader->header_count == PN_XNUM)
+        error = read_extended_count(reader, head);
+    if (error == 0 && reader->header_count > ELF_SEGMENTS_MAX)
+        return refuse(reader,
+                      "claims to have more than 1048576 segments, which no guest has: it is "
+                      "damaged; " DUMP_AGAIN " and without paging");
+    return error;
 }
 
 static int keep(struct reader *reader, const struct segment *segment)
 {
-    if (reader->count == ELF_SEGMENTS_MAX)
-        return refuse(reader, "has more than 1048576 segments, which no guest has; make it again "
-                              "with QEMU's dump-guest-memory and without paging");
     if (reader->count == reader->room) {
         size_t room = reader->room ? 2 * reader->room : 64;
         struct segment *grown = reallocarray(reader->segments, room, sizeof(*grown));

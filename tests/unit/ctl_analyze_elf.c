@@ -129,6 +129,9 @@ Test(ctl_analyze_elf, more_segments_than_the_header_can_say)
     free(core.ram.extents);
     section.sh_info = UINT32_MAX;
     memcpy(core.bytes + 4096, &section, sizeof(section));
+    expect_refusal(-EINVAL, "more than 1048576 segments");
+    section.sh_info = ELF_SEGMENTS_MAX;
+    memcpy(core.bytes + 4096, &section, sizeof(section));
     expect_refusal(-ENODATA, "cut short");
     head_of()->e_shoff = UINT64_MAX - 3;
     expect_refusal(-ENODATA, "cut short");
