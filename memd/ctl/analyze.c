@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * memctl analyze: how much could be shared, counted exactly. It changes nothing: dumps are mapped
- * for reading, and live guests are copied without touching what they don't have.
+ * memctl analyze: how much could be shared, counted exactly. It changes nothing: dumps are read,
+ * and live guests are copied without touching what they don't have.
+ *
+ * This file opens the sources and says who may share with whom; analyze_source.c and analyze_elf.c
+ * know dumps, analyze_guest.c live guests; analyze_count.c counts; analyze_report.c and
+ * analyze_svg.c say what came out.
  */
 #include <errno.h>
+#include <fnmatch.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,11 +16,12 @@
 #include <unistd.h>
 
 #include "analyze_count.h"
+#include "analyze_report.h"
 #include "ctl.h"
 
 #define GUEST_PREFIX "guest:"
 
-enum { ANALYZE_SINCE };
+enum { ANALYZE_SINCE, ANALYZE_DOMAIN, ANALYZE_CSV, ANALYZE_SVG, ANALYZE_NO_COMPRESSION };
 
 const struct ctl_option ctl_analyze_options[] = {
     [ANALYZE_SINCE] = {.name = "since",
@@ -23,20 +29,30 @@ const struct ctl_option ctl_analyze_options[] = {
                        .help =
                            "leave out what differs from this earlier dump (one for each source)",
                        .repeats = true},
+    [ANALYZE_DOMAIN] = {.name = "domain",
+                        .value = "NAME=SOURCE[,...]",
+                        .help = "what if only these shared with each other (* and ? work)",
+                        .repeats = true},
+    [ANALYZE_CSV] = {.name = "csv", .value = "FILE", .help = "write the counts to a CSV file, too"},
+    [ANALYZE_SVG] = {.name = "svg", .value = "FILE", .help = "draw the counts of pages as a chart"},
+    [ANALYZE_NO_COMPRESSION] = {.name = "no-compression",
+                                .help = "do not measure what LZ4 would save: several times faster"},
     {0},
 };
 
 struct analyze {
     const struct ctl_arguments *arguments;
     struct analyze_source *sources;
-    size_t opened;
+    size_t count;
+    char **domain_names; /* those given, and one for each source that is in none of them */
+    struct analyze_options options;
 };
 
 /* A mapped file that shrinks, or a disk that fails, shows as SIGBUS; there is no going on. */
 static void on_bus_error(int signal_number)
 {
     static const char words[] =
-        "memctl: a source can't be read: it has shrunk, or its disk fails\n";
+        "memctl: a source can't be read: it has shrunk, or its disk fails; dump it again\n";
 
     (void)signal_number;
     if (write(STDERR_FILENO, words, sizeof(words) - 1) < 0)
@@ -45,6 +61,29 @@ static void on_bus_error(int signal_number)
 }
 
 /* ---- opening sources ---- */
+
+static enum ctl_status name_sources(struct analyze *analyze)
+{
+    const struct ctl_arguments *arguments = analyze->arguments;
+    size_t since = arguments->repeated[ANALYZE_SINCE].count;
+
+    if (since && since != arguments->operand_count) {
+        ctl_say("analyze: --since is given once for each source, in the same order");
+        return CTL_USAGE;
+    }
+    analyze->sources = calloc(arguments->operand_count, sizeof(*analyze->sources));
+    if (!analyze->sources) {
+        ctl_say("no memory");
+        return CTL_FAILED;
+    }
+    analyze->count = arguments->operand_count;
+    for (size_t i = 0; i < analyze->count; i++)
+        analyze->sources[i] = (struct analyze_source){.name = arguments->operands[i],
+                                                      .domain = ANALYZE_NO_DOMAIN,
+                                                      .now.fd = -1,
+                                                      .earlier.fd = -1};
+    return CTL_DONE;
+}
 
 static int compare_blocks(const void *a, const void *b)
 {
@@ -126,12 +165,11 @@ static enum ctl_status open_guest(const struct analyze *analyze, const char *nam
 static enum ctl_status open_file(const char *path, struct analyze_file *file)
 {
     char why[ANALYZE_WHY_CHARS];
-    int error = ctl_analyze_open_dump(path, file, why);
 
-    if (error == 0)
+    if (ctl_analyze_open_dump(path, file, why) == 0)
         return CTL_DONE;
     ctl_say("%s", why);
-    return error == -ENOEXEC ? CTL_USAGE : CTL_FAILED;
+    return CTL_FAILED;
 }
 
 static enum ctl_status open_earlier(struct analyze_source *source, const char *path)
@@ -147,43 +185,32 @@ static enum ctl_status open_earlier(struct analyze_source *source, const char *p
 static enum ctl_status open_source(struct analyze *analyze, size_t index)
 {
     const struct ctl_arguments *arguments = analyze->arguments;
+    const struct ctl_values *since = &arguments->repeated[ANALYZE_SINCE];
     struct analyze_source *source = &analyze->sources[index];
-    const char *name = arguments->operands[index];
+    const char *name = source->name;
     enum ctl_status status;
 
-    *source = (struct analyze_source){.name = name, .now.fd = -1, .earlier.fd = -1};
-    analyze->opened++;
     if (strncmp(name, GUEST_PREFIX, strlen(GUEST_PREFIX)) == 0)
         status = open_guest(analyze, name + strlen(GUEST_PREFIX), source);
     else
         status = open_file(name, &source->now);
-    if (status == CTL_DONE && arguments->repeated_count)
-        status = open_earlier(source, arguments->repeated[index]);
+    if (status == CTL_DONE && since->count)
+        status = open_earlier(source, since->at[index]);
     return status;
 }
 
 static enum ctl_status open_sources(struct analyze *analyze)
 {
-    const struct ctl_arguments *arguments = analyze->arguments;
     enum ctl_status status = CTL_DONE;
 
-    if (arguments->repeated_count && arguments->repeated_count != arguments->operand_count) {
-        ctl_say("analyze: --since is given once for each source, in the same order");
-        return CTL_USAGE;
-    }
-    analyze->sources = calloc(arguments->operand_count, sizeof(*analyze->sources));
-    if (!analyze->sources) {
-        ctl_say("no memory");
-        return CTL_FAILED;
-    }
-    for (size_t i = 0; status == CTL_DONE && i < arguments->operand_count; i++)
+    for (size_t i = 0; status == CTL_DONE && i < analyze->count; i++)
         status = open_source(analyze, i);
     return status;
 }
 
 static enum ctl_status check_sources(const struct analyze *analyze)
 {
-    for (size_t i = 0; i < analyze->opened; i++) {
+    for (size_t i = 0; i < analyze->count; i++) {
         const struct analyze_source *source = &analyze->sources[i];
 
         if (!ctl_analyze_file_is_same(&source->now) ||
@@ -196,137 +223,215 @@ static enum ctl_status check_sources(const struct analyze *analyze)
     return CTL_DONE;
 }
 
-/* ---- what follows from the counts ---- */
+/* ---- domains ---- */
 
-static uint64_t duplicates(const struct analyze_counts *counts)
+/* Puts one source into a domain. */
+static bool enter_domain(struct analyze_source *source, uint32_t domain)
 {
-    return counts->units - counts->zero - counts->unique;
+    if (source->domain == ANALYZE_NO_DOMAIN || source->domain == domain) {
+        source->domain = domain;
+        return true;
+    }
+    ctl_say("analyze: %s would be in two domains", source->name);
+    return false;
 }
 
-/* Units that are left when each content is kept once. */
-static uint64_t kept(const struct analyze_counts *counts)
+/* Puts into a domain what `pattern` names: a source as it was written, else what it matches. */
+static bool match_sources(struct analyze *analyze, const char *pattern, uint32_t domain)
 {
-    return counts->unique + (counts->zero > 0);
+    bool exact = false, found = false;
+
+    for (size_t i = 0; i < analyze->count; i++)
+        exact |= strcmp(pattern, analyze->sources[i].name) == 0;
+    for (size_t i = 0; i < analyze->count; i++) {
+        struct analyze_source *source = &analyze->sources[i];
+
+        if (exact ? strcmp(pattern, source->name) != 0 : fnmatch(pattern, source->name, 0) != 0)
+            continue;
+        if (!enter_domain(source, domain))
+            return false;
+        found = true;
+    }
+    if (!found)
+        ctl_say("analyze: --domain names '%s', which is none of the sources", pattern);
+    return found;
 }
 
-static double ratio(const struct analyze_counts *counts)
+/* "NAME=SOURCE[,SOURCE...]" */
+static enum ctl_status take_domain(struct analyze *analyze, const char *text)
 {
-    return kept(counts) ? (double)counts->units / (double)kept(counts) : 1.0;
+    uint32_t domain = analyze->options.domains;
+    const char *sign = strchr(text, '=');
+    char *list, *rest, *pattern;
+    bool good = true;
+
+    if (!sign || sign == text || !sign[1]) {
+        ctl_say("analyze: --domain wants NAME=SOURCE[,SOURCE...], not '%s'", text);
+        return CTL_USAGE;
+    }
+    for (uint32_t i = 0; i < domain; i++)
+        good &= strncmp(analyze->domain_names[i], text, (size_t)(sign - text)) != 0 ||
+                analyze->domain_names[i][sign - text] != '\0';
+    if (!good) {
+        ctl_say("analyze: the domain of '%s' is given twice", text);
+        return CTL_USAGE;
+    }
+    list = strdup(sign + 1);
+    analyze->domain_names[domain] = strndup(text, (size_t)(sign - text));
+    analyze->options.domains++;
+    good = list && analyze->domain_names[domain];
+    rest = list;
+    while (good && (pattern = strsep(&rest, ",")))
+        good = match_sources(analyze, pattern, domain);
+    free(list);
+    return good ? CTL_DONE : CTL_USAGE;
+}
+
+/* A guest without a domain shares within itself only, as under memd. */
+static enum ctl_status take_domains(struct analyze *analyze)
+{
+    const struct ctl_values *given = &analyze->arguments->repeated[ANALYZE_DOMAIN];
+    enum ctl_status status = CTL_DONE;
+
+    if (given->count == 0)
+        return CTL_DONE;
+    analyze->domain_names = calloc(given->count + analyze->count, sizeof(char *));
+    if (!analyze->domain_names) {
+        ctl_say("no memory");
+        return CTL_FAILED;
+    }
+    for (size_t i = 0; status == CTL_DONE && i < given->count; i++)
+        status = take_domain(analyze, given->at[i]);
+    for (size_t i = 0; status == CTL_DONE && i < analyze->count; i++) {
+        struct analyze_source *source = &analyze->sources[i];
+
+        if (source->domain != ANALYZE_NO_DOMAIN)
+            continue;
+        source->domain = analyze->options.domains++;
+        analyze->domain_names[source->domain] = strdup(source->name);
+        status = analyze->domain_names[source->domain] ? CTL_DONE : CTL_FAILED;
+    }
+    return status;
 }
 
 /* ---- output ---- */
 
-static json_t *make_counts(const struct analyze_counts *counts, uint64_t unit_bytes)
+static bool is_same_file(const char *path, const struct analyze_file *file)
 {
-    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:I, s:I}", "page_bytes",
-                     (json_int_t)unit_bytes, "pages", (json_int_t)counts->units, "zero_pages",
-                     (json_int_t)counts->zero, "unique_contents", (json_int_t)counts->unique,
-                     "duplicate_pages", (json_int_t)duplicates(counts), "intra_guest_duplicates",
-                     (json_int_t)counts->intra, "inter_guest_duplicates",
-                     (json_int_t)(duplicates(counts) - counts->intra), "saved_bytes",
-                     (json_int_t)(unit_bytes * (counts->units - kept(counts))), "ratio",
-                     ratio(counts), "compressed_bytes", (json_int_t)counts->compressed_bytes,
-                     "changed_pages", (json_int_t)counts->changed);
+    struct stat status;
+
+    return path && file->fd >= 0 && stat(path, &status) == 0 &&
+           status.st_dev == file->status.st_dev && status.st_ino == file->status.st_ino;
 }
 
-/* The counts of pages, with those of the larger units inside. */
-static json_t *make_levels(const struct analyze_counts levels[ANALYZE_LEVELS])
+/* A slip of the hand must not write a chart over a dump. */
+static enum ctl_status check_outputs(const struct analyze *analyze)
 {
-    json_t *object = make_counts(&levels[ANALYZE_PAGES], PAGE_BYTES), *larger = json_object();
+    static const int outputs[] = {ANALYZE_CSV, ANALYZE_SVG};
 
-    for (int which = ANALYZE_PAGES + 1; which < ANALYZE_LEVELS; which++) {
-        uint64_t bytes = ctl_analyze_unit_bytes[which];
-        char key[CTL_SIZE_CHARS];
+    for (size_t i = 0; i < 2 * analyze->count; i++) {
+        const struct analyze_source *source = &analyze->sources[i / 2];
+        const char *path = analyze->arguments->value[outputs[i % 2]];
 
-        snprintf(key, sizeof(key), "%llu", (unsigned long long)bytes);
-        json_object_set_new(larger, key, make_counts(&levels[which], bytes));
+        if (is_same_file(path, &source->now) || is_same_file(path, &source->earlier)) {
+            ctl_say("analyze: --%s would overwrite %s", ctl_analyze_options[outputs[i % 2]].name,
+                    path);
+            return CTL_USAGE;
+        }
     }
-    json_object_set_new(object, "granularities", larger);
-    return object;
+    return CTL_DONE;
 }
 
-static void print_json(const struct analyze *analyze, const struct analyze_result *result)
+static enum ctl_status write_file(const struct analyze_report *report, const char *path,
+                                  void (*write)(const struct analyze_report *, FILE *))
 {
-    json_t *object = make_levels(result->all), *sources = json_array();
+    FILE *file = path ? fopen(path, "we") : NULL;
+    bool failed;
 
-    for (size_t i = 0; i < analyze->opened; i++) {
-        json_t *source = json_object();
+    if (!path)
+        return CTL_DONE;
+    if (file)
+        write(report, file);
+    failed = !file || ferror(file);
+    if (file && fclose(file) != 0)
+        failed = true;
+    if (failed)
+        ctl_say("%s can't be written: %m", path);
+    return failed ? CTL_FAILED : CTL_DONE;
+}
 
-        /* A file's name may be no UTF-8; JSON has to be. */
-        if (json_object_set_new(source, "name", json_string(analyze->sources[i].name)) < 0)
-            json_object_set_new(source, "name", json_sprintf("source %zu", i + 1));
-        json_object_update_missing_new(source, make_levels(result->sources[i]));
-        json_array_append_new(sources, source);
+static enum ctl_status print(const struct analyze *analyze, const struct analyze_result *result)
+{
+    const struct ctl_arguments *arguments = analyze->arguments;
+    struct analyze_report report = {.sources = analyze->sources,
+                                    .source_count = analyze->count,
+                                    .domain_names = (const char *const *)analyze->domain_names,
+                                    .options = &analyze->options,
+                                    .result = result};
+    enum ctl_status status;
+
+    if (arguments->json)
+        ctl_analyze_print_json(&report);
+    else
+        ctl_analyze_print_table(&report);
+    status = write_file(&report, arguments->value[ANALYZE_CSV], ctl_analyze_write_csv);
+    if (status == CTL_DONE)
+        status = write_file(&report, arguments->value[ANALYZE_SVG], ctl_analyze_write_svg);
+    return status;
+}
+
+static const char *explain(int error)
+{
+    switch (error) {
+    case -EIO: return "a source has shrunk, or its disk fails; dump it again";
+    case -E2BIG: return "the sources are larger than 16 TiB together; count fewer at once";
+    case -ENOMEM:
+        return "not enough memory (about 30 bytes a page are needed); count fewer sources at once";
+    default: return strerror(-error);
     }
-    json_object_set_new(object, "sources", sources);
-    ctl_print_json(object);
-    json_decref(object);
-}
-
-static void add_counts(struct ctl_table *table, const char *label,
-                       const struct analyze_counts *counts, uint64_t unit_bytes)
-{
-    ctl_table_add(table, "%s", label);
-    ctl_table_add_count(table, counts->units);
-    ctl_table_add_count(table, counts->zero);
-    ctl_table_add_count(table, counts->unique);
-    ctl_table_add_count(table, counts->intra);
-    ctl_table_add_count(table, duplicates(counts) - counts->intra);
-    ctl_table_add_size(table, unit_bytes * (counts->units - kept(counts)));
-    ctl_table_add_percent(table, counts->units - kept(counts), counts->units);
-    ctl_table_add(table, "%.2f", ratio(counts));
-    ctl_table_add_size(table, counts->compressed_bytes);
-    ctl_table_add_count(table, counts->changed);
-}
-
-static void print_table(const struct analyze *analyze, const struct analyze_result *result)
-{
-    static const char *const headings[] = {"SOURCE", ">PAGES", ">ZERO",   ">UNIQUE",
-                                           ">INTRA", ">INTER", ">SAVED",  ">",
-                                           ">RATIO", ">LZ4",   ">CHANGED"};
-    struct ctl_table *table = ctl_table_new(headings, sizeof(headings) / sizeof(headings[0]));
-
-    for (size_t i = 0; analyze->opened > 1 && i < analyze->opened; i++)
-        add_counts(table, analyze->sources[i].name, &result->sources[i][ANALYZE_PAGES], PAGE_BYTES);
-    add_counts(table, analyze->opened > 1 ? "all" : analyze->sources[0].name,
-               &result->all[ANALYZE_PAGES], PAGE_BYTES);
-    add_counts(table, "in units of 64 KiB", &result->all[ANALYZE_64K], 65536);
-    add_counts(table, "in units of 2 MiB", &result->all[ANALYZE_2M], HUGE_BYTES);
-    ctl_table_print(table, 0);
 }
 
 static enum ctl_status count_and_print(const struct analyze *analyze)
 {
     struct analyze_result result;
     enum ctl_status status;
-    int error = ctl_analyze_count(analyze->sources, analyze->opened, &result);
+    int error = ctl_analyze_count(analyze->sources, analyze->count, &analyze->options, &result);
 
     if (error < 0) {
-        ctl_say("could not count: %s", strerror(-error));
+        ctl_say("could not count: %s", explain(error));
         return CTL_FAILED;
     }
     status = check_sources(analyze);
-    if (status == CTL_DONE && analyze->arguments->json)
-        print_json(analyze, &result);
-    else if (status == CTL_DONE)
-        print_table(analyze, &result);
+    if (status == CTL_DONE)
+        status = print(analyze, &result);
     ctl_analyze_result_free(&result);
     return status;
 }
 
 enum ctl_status ctl_analyze_run(const struct ctl_arguments *arguments)
 {
-    struct analyze analyze = {.arguments = arguments};
-    enum ctl_status status;
+    struct analyze analyze = {
+        .arguments = arguments,
+        .options.no_compression = arguments->value[ANALYZE_NO_COMPRESSION] != NULL,
+    };
+    enum ctl_status status = name_sources(&analyze);
 
     signal(SIGBUS, on_bus_error);
-    status = open_sources(&analyze);
+    if (status == CTL_DONE)
+        status = take_domains(&analyze);
+    if (status == CTL_DONE)
+        status = open_sources(&analyze);
+    if (status == CTL_DONE)
+        status = check_outputs(&analyze);
     if (status == CTL_DONE)
         status = count_and_print(&analyze);
-    for (size_t i = 0; i < analyze.opened; i++) {
+    for (size_t i = 0; i < analyze.count; i++) {
         ctl_analyze_close(&analyze.sources[i].now);
         ctl_analyze_close(&analyze.sources[i].earlier);
     }
+    for (uint32_t i = 0; i < analyze.options.domains; i++)
+        free(analyze.domain_names[i]);
+    free(analyze.domain_names);
     free(analyze.sources);
     return status;
 }

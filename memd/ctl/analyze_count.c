@@ -1,18 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One walk over all sources. Each page is hashed once; a larger unit's hash is the hash of its
- * pages' hashes. Each level has an open-addressed table with one entry for each content, which
- * names the first unit that had it; a unit is compared byte by byte with those that have its hash.
+ * One walk over all sources, in chunks. A batch of pages is hashed first, which also fetches their
+ * places in the table; then each of them is looked up.
  *
- * Invariants: a table never moves or grows (its size follows from the number of units, known
- * before); an entry's `source` is the last source that had this content, which is enough to count
- * the distinct contents of each source, because sources are walked one after the other.
+ * Exactly by content, without holding the pages: a table has one entry for each content, which
+ * names the first unit that had it. A page whose hash is found is compared byte by byte with that
+ * first page, which is read again from its source (from the chunk at hand if it lies in there; as a
+ * run where duplicates follow each other like their originals; the last such run is kept). So each
+ * page gets the number of the first page that is equal to it: its *content*. Two larger units are
+ * equal exactly if the contents of their pages are, so that for them numbers are compared.
  *
- * Memory: 16 bytes an entry at three quarters full, 21.3 bytes a page, and a fifteenth of that for
- * the larger units; page tables for the dumps are 8 bytes more. Dumps are mapped, and dropped
- * behind the walk; what is compared again later is read.
+ * Invariants: a table never moves or grows (its size follows from the number of pages in the files,
+ * known before); an entry's `source` is the last source that had this content, which is enough to
+ * count the distinct contents of each source and of each domain, because sources are walked one
+ * after the other, and the sources of a domain without others between.
  *
- * Not promised: files that are written meanwhile are counted as whatever was read.
+ * Memory: 16 bytes an entry at three quarters full, 21.3 bytes a page, a fifteenth of that for the
+ * larger units, and 4 bytes for each page's content; about 27 bytes a page. Holes cost nothing.
+ *
+ * Not promised: files that are written meanwhile are counted as whatever was read; the caller looks
+ * whether they were.
  */
 #include "analyze_count.h"
 
@@ -22,16 +29,27 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
-#include <unistd.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "hash.h"
 
-#define DROP_BEHIND_BYTES (16UL << 20)
-#define COMPARE_BYTES     65536UL
-#define UNIT_PAGES_MAX    HUGE_PAGES
+/* A chunk is what is dropped at once when it is behind: 512 KiB, against which a system call costs
+ * nothing. */
+#define CHUNK_PAGES 128U
+
+/* A batch is hashed, and then looked up: long enough for the table's lines to arrive, short enough
+ * that hashing does not drive them out again. */
+#define BATCH_PAGES 16U
+
+/* The longest run of originals that is read ahead for comparing. */
+#define RUN_PAGES 64U
+
+/* A page's content: 0 is that of zero pages, else one more than the number of the first page that
+ * is equal to it. */
+#define CONTENT_ZERO    0U
+#define CONTENT_CHANGED UINT32_MAX
 
 const uint64_t ctl_analyze_unit_bytes[ANALYZE_LEVELS] = {PAGE_BYTES, 65536, HUGE_BYTES};
 
@@ -42,47 +60,65 @@ struct entry {
     uint32_t compressed_bytes;
 };
 
-/* The unit of a larger level that is being walked through. */
-struct pending {
-    uint64_t hashes[UNIT_PAGES_MAX];
-    uint32_t pages;
-    uint32_t compressed_bytes;
-    bool zero, changed;
-};
-
 struct level {
-    uint64_t unit_bytes;
     uint32_t unit_pages;
     struct entry *table;
     uint64_t slots;
-    uint32_t *first_unit; /* of each source */
-    struct pending pending;
+    uint32_t compressed_bytes; /* of the unit that is being walked through, so far */
+};
+
+/* Pages that were read again to be compared with. */
+struct run {
+    uint8_t *bytes;
+    uint32_t first, pages; /* page numbers over all sources */
+    uint32_t next;         /* if this one is asked for next, a longer run is worth while */
+    uint32_t wanted;       /* pages */
 };
 
 struct counter {
     const struct analyze_source *sources;
     size_t source_count;
+    const struct analyze_options *options;
     struct level levels[ANALYZE_LEVELS];
     struct analyze_result *result;
+    uint32_t *first_page; /* of each source: a multiple of HUGE_PAGES */
+    uint32_t *contents;   /* of each page */
+    uint64_t content_count;
     uint64_t seed; /* random: nobody can prepare dumps whose pages collide */
-    uint64_t zero_hash;
     void *lz4_state;
-    const struct analyze_file *walked; /* what the walk is in, mapped from dropped_bytes on */
-    uint64_t dropped_bytes;
-    uint8_t *buffer; /* COMPARE_BYTES */
-    int error;       /* a read that failed, after which no count is right */
+    struct run run;
+    /* The chunk at hand. */
+    const uint8_t *chunk;
+    uint8_t *buffer, *earlier_buffer; /* for what can't be looked at in place */
+    uint32_t chunk_first, chunk_pages;
+    uint64_t hashes[BATCH_PAGES];
 };
 
-/* ---- comparing units ---- */
+/* ---- tables ---- */
 
-static size_t find_source(const struct counter *counter, const struct level *level, uint32_t unit)
+static uint64_t slot_of(const struct level *level, uint64_t hash)
+{
+    return (uint64_t)((unsigned __int128)hash * level->slots >> 64);
+}
+
+static uint32_t tag_of(uint64_t hash)
+{
+    return (uint32_t)hash ? (uint32_t)hash : 1;
+}
+
+static uint64_t next_slot(const struct level *level, uint64_t slot)
+{
+    return slot + 1 == level->slots ? 0 : slot + 1;
+}
+
+static size_t find_source(const struct counter *counter, uint64_t page)
 {
     size_t low = 0, high = counter->source_count;
 
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
 
-        if (level->first_unit[middle] <= unit)
+        if (counter->first_page[middle] <= page)
             low = middle;
         else
             high = middle;
@@ -90,105 +126,105 @@ static size_t find_source(const struct counter *counter, const struct level *lev
     return low;
 }
 
-/* Where a unit's bytes are; `bytes` is less than a whole unit at the end of a source. */
-struct place_of_unit {
-    const struct analyze_file *file;
-    uint64_t offset, bytes;
-};
+/* ---- pages that lie behind ---- */
 
-static struct place_of_unit place_unit(const struct counter *counter, const struct level *level,
-                                       uint32_t unit)
+/* Reads pages from `page` on again; the more of them, the longer they have been asked for one after
+ * the other. */
+static int read_run(struct counter *counter, uint32_t page)
 {
-    size_t source = find_source(counter, level, unit);
+    struct run *run = &counter->run;
+    size_t source = find_source(counter, page);
     const struct analyze_file *file = &counter->sources[source].now;
-    uint64_t offset = (unit - level->first_unit[source]) * level->unit_bytes;
-    uint64_t left = file->pages * PAGE_BYTES - offset;
+    uint64_t at = page - counter->first_page[source], count;
+    int error;
 
-    return (struct place_of_unit){
-        .file = file,
-        .offset = offset,
-        .bytes = left < level->unit_bytes ? left : level->unit_bytes,
-    };
+    run->wanted = page == run->next ? 2 * run->wanted : 1;
+    run->wanted = run->wanted < RUN_PAGES ? run->wanted : RUN_PAGES;
+    count = file->pages - at < run->wanted ? file->pages - at : run->wanted;
+    run->pages = 0;
+    error = ctl_analyze_read(file, at, count, run->bytes);
+    if (error < 0)
+        return error;
+    run->first = page;
+    run->pages = (uint32_t)count;
+    return 0;
 }
 
-/* `count` bytes of a unit that the walk has left behind: from the mapping while it is there, else
- * read, since mapping it again would let memory grow with the dumps. */
-static const uint8_t *old_bytes(struct counter *counter, const struct place_of_unit *place,
-                                uint64_t offset, uint64_t count)
+/* Where the bytes of a page are that was walked over before; they stay until the next call. */
+static int old_page(struct counter *counter, uint32_t page, const uint8_t **ret_bytes)
 {
-    uint64_t at = place->offset + offset;
+    struct run *run = &counter->run;
+    int error = 0;
 
-    if (place->file == counter->walked && at >= counter->dropped_bytes)
-        return place->file->bytes + at;
-    if (pread(place->file->fd, counter->buffer, count, (off_t)at) != (ssize_t)count) {
-        counter->error = -EIO;
-        memset(counter->buffer, 0, count);
+    if (page - counter->chunk_first < counter->chunk_pages) {
+        *ret_bytes = counter->chunk + (page - counter->chunk_first) * PAGE_BYTES;
+        return 0;
     }
-    return counter->buffer;
+    if (page - run->first >= run->pages)
+        error = read_run(counter, page);
+    run->next = page + 1;
+    if (error == 0)
+        *ret_bytes = run->bytes + (page - run->first) * PAGE_BYTES;
+    return error;
 }
 
-static bool all_zero(const uint8_t *bytes, uint64_t count)
+/* ---- finding contents ---- */
+
+/* Whether two units are equal. Of pages `current` is one of the chunk. */
+static int compare_units(struct counter *counter, const struct level *level, uint32_t older,
+                         uint32_t current, bool *ret_same)
 {
-    for (uint64_t offset = 0; offset < count; offset += PAGE_BYTES) {
-        if (!hash_page_is_zero(bytes + offset))
-            return false;
+    const uint8_t *bytes;
+    int error;
+
+    if (level->unit_pages > 1) {
+        *ret_same = memcmp(&counter->contents[(uint64_t)older * level->unit_pages],
+                           &counter->contents[(uint64_t)current * level->unit_pages],
+                           level->unit_pages * sizeof(counter->contents[0])) == 0;
+        return 0;
     }
-    return true;
-}
-
-/* Compares an older unit with the one that the walk is at. What one of them has less (at the end
- * of its source) counts as zeros. */
-static bool same_content(struct counter *counter, const struct level *level, uint32_t older,
-                         uint32_t current)
-{
-    struct place_of_unit a = place_unit(counter, level, older);
-    struct place_of_unit b = place_unit(counter, level, current);
-    const uint8_t *b_bytes = b.file->bytes + b.offset;
-    uint64_t both = a.bytes < b.bytes ? a.bytes : b.bytes;
-    uint64_t longest = a.bytes < b.bytes ? b.bytes : a.bytes;
-
-    for (uint64_t offset = 0, step; offset < longest; offset += step) {
-        uint64_t end = offset < both ? both : longest;
-        bool same;
-
-        step = end - offset < COMPARE_BYTES ? end - offset : COMPARE_BYTES;
-        if (offset >= a.bytes)
-            same = all_zero(b_bytes + offset, step);
-        else if (offset >= b.bytes)
-            same = all_zero(old_bytes(counter, &a, offset, step), step);
-        else
-            same = memcmp(old_bytes(counter, &a, offset, step), b_bytes + offset, step) == 0;
-        if (!same)
-            return false;
-    }
-    return true;
+    error = old_page(counter, older, &bytes);
+    if (error == 0)
+        *ret_same = memcmp(bytes, counter->chunk + (current - counter->chunk_first) * PAGE_BYTES,
+                           PAGE_BYTES) == 0;
+    return error;
 }
 
 /* The entry with the content of `unit`, or the empty one where it belongs. */
-static struct entry *find_entry(struct counter *counter, const struct level *level, uint64_t hash,
-                                uint32_t unit)
+static int find_entry(struct counter *counter, const struct level *level, uint64_t hash,
+                      uint32_t unit, struct entry **ret_entry)
 {
-    uint64_t slot = (uint64_t)((unsigned __int128)hash * level->slots >> 64);
-    uint32_t tag = (uint32_t)hash ? (uint32_t)hash : 1;
+    uint32_t tag = tag_of(hash);
+    bool same = false;
 
-    for (;; slot = slot + 1 == level->slots ? 0 : slot + 1) {
+    for (uint64_t slot = slot_of(level, hash);; slot = next_slot(level, slot)) {
         struct entry *entry = &level->table[slot];
+        int error = 0;
 
-        if (entry->tag == 0 ||
-            (entry->tag == tag && same_content(counter, level, entry->unit, unit)))
-            return entry;
+        if (entry->tag == tag)
+            error = compare_units(counter, level, entry->unit, unit, &same);
+        if (error < 0)
+            return error;
+        if (entry->tag == 0 || same) {
+            *ret_entry = entry;
+            return 0;
+        }
     }
 }
 
 /* ---- counting ---- */
 
-static uint32_t compress_page(const struct counter *counter, const uint8_t *page)
+static uint32_t compress_page(const struct counter *counter, uint32_t page)
 {
+    const uint8_t *bytes = counter->chunk + (page - counter->chunk_first) * PAGE_BYTES;
     char compressed[PAGE_BYTES];
-    int bytes = LZ4_compress_fast_extState(counter->lz4_state, (const char *)page, compressed,
-                                           PAGE_BYTES, PAGE_BYTES - 1, 1);
+    int size;
 
-    return bytes > 0 ? (uint32_t)bytes : PAGE_BYTES;
+    if (counter->options->no_compression)
+        return 0;
+    size = LZ4_compress_fast_extState(counter->lz4_state, (const char *)bytes, compressed,
+                                      PAGE_BYTES, PAGE_BYTES - 1, 1);
+    return size > 0 ? (uint32_t)size : PAGE_BYTES;
 }
 
 static void count_content(struct analyze_counts *counts, uint32_t compressed_bytes)
@@ -197,194 +233,346 @@ static void count_content(struct analyze_counts *counts, uint32_t compressed_byt
     counts->compressed_bytes += compressed_bytes;
 }
 
-/* Counts a unit that is not zero. `page` is NULL for a larger unit, whose pages have been
- * compressed already. Returns the size of the content, compressed. */
-static uint32_t count_unit(struct counter *counter, int which, size_t source, uint32_t unit,
-                           uint64_t hash, const uint8_t *page)
+/* A domain meets a content for the first time. */
+static void count_in_domain(struct counter *counter, int which, size_t source,
+                            uint32_t compressed_bytes)
+{
+    if (counter->options->domains)
+        count_content(&counter->result->domains[counter->sources[source].domain][which],
+                      compressed_bytes);
+}
+
+/* Another source meets a content that is known. */
+static void count_again(struct counter *counter, int which, size_t source, struct entry *entry)
 {
     struct level *level = &counter->levels[which];
-    struct entry *entry = find_entry(counter, level, hash, unit);
+    struct analyze_result *result = counter->result;
+    size_t first = find_source(counter, (uint64_t)entry->unit * level->unit_pages);
 
+    if (entry->source == first) { /* until now it was the only one */
+        result->all[which].common++;
+        result->sources[first][which].common++;
+    }
+    result->sources[source][which].common++;
+    count_content(&result->sources[source][which], entry->compressed_bytes);
+    if (counter->sources[entry->source].domain != counter->sources[source].domain)
+        count_in_domain(counter, which, source, entry->compressed_bytes);
+    entry->source = (uint32_t)source;
+}
+
+/* Counts a unit that is not zero; *ret_entry is the one of its content. */
+static int count_unit(struct counter *counter, int which, size_t source, uint32_t unit,
+                      uint64_t hash, struct entry **ret_entry)
+{
+    struct level *level = &counter->levels[which];
+    struct entry *entry;
+    int error = find_entry(counter, level, hash, unit, &entry);
+
+    if (error < 0)
+        return error;
     if (entry->tag == 0) {
         *entry = (struct entry){
-            .tag = (uint32_t)hash ? (uint32_t)hash : 1,
+            .tag = tag_of(hash),
             .unit = unit,
             .source = (uint32_t)source,
             .compressed_bytes =
-                page ? compress_page(counter, page) : level->pending.compressed_bytes,
+                which == ANALYZE_PAGES ? compress_page(counter, unit) : level->compressed_bytes,
         };
         count_content(&counter->result->all[which], entry->compressed_bytes);
         count_content(&counter->result->sources[source][which], entry->compressed_bytes);
+        count_in_domain(counter, which, source, entry->compressed_bytes);
     } else if (entry->source != source) {
-        entry->source = (uint32_t)source;
-        count_content(&counter->result->sources[source][which], entry->compressed_bytes);
+        count_again(counter, which, source, entry);
     }
-    return entry->compressed_bytes;
+    *ret_entry = entry;
+    return 0;
 }
 
 /* Counts what needs no look at the content; false when there is nothing else to count. */
-static bool count_kind(struct analyze_counts *counts, bool zero, bool changed)
+static bool count_kind(struct analyze_counts *counts, uint64_t units, bool zero, bool changed)
 {
-    counts->changed += changed;
-    counts->units += !changed;
-    counts->zero += zero && !changed;
+    counts->changed += changed ? units : 0;
+    counts->units += changed ? 0 : units;
+    counts->zero += zero && !changed ? units : 0;
     return !zero && !changed;
 }
 
-/* The pending unit of a larger level is complete, or its source is at its end. */
-static void end_unit(struct counter *counter, int which, size_t source, uint32_t unit)
+/* The last page of a larger unit has been counted. */
+static int end_unit(struct counter *counter, int which, size_t source, uint32_t unit)
 {
     struct level *level = &counter->levels[which];
-    struct pending *pending = &level->pending;
-    struct analyze_counts *counts = counter->result->sources[source];
+    const uint32_t *contents = &counter->contents[(uint64_t)unit * level->unit_pages];
+    struct entry *entry;
+    uint32_t any = 0;
+    bool changed = false;
+    int error = 0;
 
-    while (pending->pages < level->unit_pages)
-        pending->hashes[pending->pages++] = counter->zero_hash;
-    if (count_kind(&counts[which], pending->zero, pending->changed)) {
-        uint64_t hash = XXH3_64bits_withSeed(
-            pending->hashes, level->unit_pages * sizeof(pending->hashes[0]), counter->seed);
-
-        count_unit(counter, which, source, unit, hash, NULL);
+    for (uint32_t i = 0; i < level->unit_pages; i++) {
+        any |= contents[i];
+        changed |= contents[i] == CONTENT_CHANGED;
     }
-    pending->pages = 0;
+    if (count_kind(&counter->result->sources[source][which], 1, any == 0, changed))
+        error = count_unit(
+            counter, which, source, unit,
+            XXH3_64bits_withSeed(contents, level->unit_pages * sizeof(contents[0]), counter->seed),
+            &entry);
+    level->compressed_bytes = 0;
+    return error;
 }
 
-/* Adds a page to the pending unit of a larger level. */
-static void add_page(struct pending *pending, uint64_t hash, uint32_t compressed_bytes, bool zero,
-                     bool changed)
+static int end_units(struct counter *counter, size_t source, uint32_t page, bool last)
 {
-    if (pending->pages == 0) {
-        pending->zero = true;
-        pending->changed = false;
-        pending->compressed_bytes = 0;
+    int error = 0;
+
+    for (int which = ANALYZE_PAGES + 1; error == 0 && which < ANALYZE_LEVELS; which++) {
+        uint32_t unit_pages = counter->levels[which].unit_pages;
+
+        if ((page + 1) % unit_pages == 0 || last)
+            error = end_unit(counter, which, source, page / unit_pages);
     }
-    pending->hashes[pending->pages++] = hash;
-    pending->zero &= zero;
-    pending->changed |= changed;
-    pending->compressed_bytes += compressed_bytes;
+    return error;
 }
 
-static bool page_changed(const struct analyze_source *source, uint64_t page)
+/* ---- the walk ---- */
+
+/* Finds the kinds of `count` pages from page `from` of the chunk on, and the hashes of those that
+ * need one. */
+static void hash_batch(struct counter *counter, const uint8_t *earlier, uint32_t from,
+                       uint32_t count)
 {
-    return source->earlier.fd >= 0 &&
-           memcmp(source->now.bytes + page * PAGE_BYTES, source->earlier.bytes + page * PAGE_BYTES,
-                  PAGE_BYTES) != 0;
+    const struct level *level = &counter->levels[ANALYZE_PAGES];
+    uint32_t *contents = &counter->contents[counter->chunk_first];
+
+    for (uint32_t i = from; i < from + count; i++) {
+        const uint8_t *page = counter->chunk + i * PAGE_BYTES;
+
+        contents[i] = CONTENT_ZERO;
+        if (earlier && memcmp(page, earlier + i * PAGE_BYTES, PAGE_BYTES) != 0) {
+            contents[i] = CONTENT_CHANGED;
+        } else if (*(const uint64_t *)(const void *)page || !hash_page_is_zero(page)) {
+            uint64_t hash = XXH3_64bits_withSeed(page, PAGE_BYTES, counter->seed);
+
+            contents[i] = counter->chunk_first + i + 1;
+            counter->hashes[i - from] = hash;
+            __builtin_prefetch(&level->table[slot_of(level, hash)], 1);
+        }
+    }
 }
 
-static void count_page(struct counter *counter, size_t index, uint64_t page)
+static int count_page(struct counter *counter, size_t source, uint32_t page, uint64_t hash)
+{
+    uint32_t *content = &counter->contents[page];
+    struct entry *entry;
+    int error;
+
+    if (!count_kind(&counter->result->sources[source][ANALYZE_PAGES], 1, *content == CONTENT_ZERO,
+                    *content == CONTENT_CHANGED))
+        return 0;
+    error = count_unit(counter, ANALYZE_PAGES, source, page, hash, &entry);
+    if (error < 0)
+        return error;
+    *content = entry->unit + 1;
+    for (int which = ANALYZE_PAGES + 1; which < ANALYZE_LEVELS; which++)
+        counter->levels[which].compressed_bytes += entry->compressed_bytes;
+    return 0;
+}
+
+/* *ret_earlier is NULL where there is no earlier dump. */
+static int view_chunk(struct counter *counter, const struct analyze_source *source, uint64_t page,
+                      uint32_t pages, const uint8_t **ret_earlier)
+{
+    int error = ctl_analyze_view(&source->now, page, pages, counter->buffer, &counter->chunk);
+
+    *ret_earlier = NULL;
+    if (error == 0 && source->earlier.fd >= 0)
+        error =
+            ctl_analyze_view(&source->earlier, page, pages, counter->earlier_buffer, ret_earlier);
+    return error;
+}
+
+static int count_chunk(struct counter *counter, size_t index, uint64_t page, uint32_t pages)
 {
     const struct analyze_source *source = &counter->sources[index];
-    const uint8_t *bytes = source->now.bytes + page * PAGE_BYTES;
-    struct level *levels = counter->levels;
-    bool changed = page_changed(source, page);
-    bool zero = !changed && hash_page_is_zero(bytes);
-    uint64_t hash = counter->zero_hash;
-    uint32_t compressed = 0;
+    const uint8_t *earlier;
+    int error = view_chunk(counter, source, page, pages, &earlier);
 
-    if (count_kind(&counter->result->sources[index][ANALYZE_PAGES], zero, changed)) {
-        hash = XXH3_64bits_withSeed(bytes, PAGE_BYTES, counter->seed);
-        compressed =
-            count_unit(counter, ANALYZE_PAGES, index,
-                       levels[ANALYZE_PAGES].first_unit[index] + (uint32_t)page, hash, bytes);
+    if (error < 0)
+        return error;
+    counter->chunk_first = counter->first_page[index] + (uint32_t)page;
+    counter->chunk_pages = pages;
+    for (uint32_t i = 0; error == 0 && i < pages; i++) {
+        if (i % BATCH_PAGES == 0)
+            hash_batch(counter, earlier, i, pages - i < BATCH_PAGES ? pages - i : BATCH_PAGES);
+        error =
+            count_page(counter, index, counter->chunk_first + i, counter->hashes[i % BATCH_PAGES]);
+        if (error == 0)
+            error = end_units(counter, index, counter->chunk_first + i,
+                              page + i + 1 == source->now.pages);
     }
-    for (int which = ANALYZE_PAGES + 1; which < ANALYZE_LEVELS; which++) {
-        struct level *level = &levels[which];
-
-        add_page(&level->pending, hash, compressed, zero, changed);
-        if (level->pending.pages == level->unit_pages || page + 1 == source->now.pages)
-            end_unit(counter, which, index,
-                     level->first_unit[index] + (uint32_t)(page / level->unit_pages));
-    }
+    ctl_analyze_drop(&source->now, counter->chunk, pages);
+    if (earlier)
+        ctl_analyze_drop(&source->earlier, earlier, pages);
+    return error;
 }
 
-/* Gives back what lies behind the walk. */
-static void drop_behind(const struct analyze_file *file, uint64_t end_bytes)
+/* Counts whole 2 MiB of a hole at once, which is all that a sparse file of terabytes has. Returns
+ * how many pages. */
+static uint64_t count_hole(struct counter *counter, size_t index, uint64_t page)
 {
-    if (file->fd >= 0)
-        madvise((void *)(file->bytes + end_bytes - DROP_BEHIND_BYTES), DROP_BEHIND_BYTES,
-                MADV_DONTNEED);
+    const struct analyze_source *source = &counter->sources[index];
+    uint64_t pages;
+
+    if (page % HUGE_PAGES || source->earlier.fd >= 0)
+        return 0;
+    pages = ctl_analyze_hole(&source->now, page) / HUGE_PAGES * HUGE_PAGES;
+    for (int which = 0; which < ANALYZE_LEVELS; which++)
+        count_kind(&counter->result->sources[index][which],
+                   pages / counter->levels[which].unit_pages, true, false);
+    return pages;
 }
 
 static int count_source(struct counter *counter, size_t index)
 {
-    const struct analyze_source *source = &counter->sources[index];
+    uint64_t pages = counter->sources[index].now.pages, some;
+    int error = 0;
 
-    counter->walked = &source->now;
-    counter->dropped_bytes = 0;
-    for (uint64_t page = 0; page < source->now.pages; page++) {
-        uint64_t end_bytes = (page + 1) * PAGE_BYTES;
-
-        count_page(counter, index, page);
-        if (end_bytes % DROP_BEHIND_BYTES == 0) {
-            drop_behind(&source->now, end_bytes);
-            drop_behind(&source->earlier, end_bytes);
-            counter->dropped_bytes = end_bytes;
+    for (uint64_t page = 0; error == 0 && page < pages; page += some) {
+        some = count_hole(counter, index, page);
+        if (some == 0) {
+            some = pages - page < CHUNK_PAGES ? pages - page : CHUNK_PAGES;
+            error = count_chunk(counter, index, page, (uint32_t)some);
         }
     }
-    return counter->error;
+    counter->chunk_pages = 0;
+    return error;
 }
 
-/* What follows from the sources' own counts. */
+/* The sources of one domain, without others between. */
+static int count_domain(struct counter *counter, uint32_t domain)
+{
+    int error = 0;
+
+    for (size_t i = 0; error == 0 && i < counter->source_count; i++) {
+        if (!counter->options->domains || counter->sources[i].domain == domain)
+            error = count_source(counter, i);
+    }
+    return error;
+}
+
+/* ---- what follows from the sources' own counts ---- */
+
+static void add_up(struct analyze_counts *sum, const struct analyze_counts *own)
+{
+    sum->units += own->units;
+    sum->zero += own->zero;
+    sum->intra += own->intra;
+    sum->changed += own->changed;
+}
+
 static void sum_up(struct counter *counter)
 {
-    for (int which = 0; which < ANALYZE_LEVELS; which++) {
-        struct analyze_counts *all = &counter->result->all[which];
+    struct analyze_result *result = counter->result;
 
+    for (int which = 0; which < ANALYZE_LEVELS; which++) {
         for (size_t i = 0; i < counter->source_count; i++) {
-            struct analyze_counts *own = &counter->result->sources[i][which];
+            struct analyze_counts *own = &result->sources[i][which];
 
             own->intra = own->units - own->zero - own->unique;
-            all->units += own->units;
-            all->zero += own->zero;
-            all->intra += own->intra;
-            all->changed += own->changed;
+            add_up(&result->all[which], own);
+            if (counter->options->domains)
+                add_up(&result->domains[counter->sources[i].domain][which], own);
         }
     }
 }
 
 /* ---- setting up ---- */
 
-static int open_level(struct counter *counter, struct level *level, uint64_t bytes)
+/* Zeros that take no memory until they are written to; NULL when there is no room. */
+static void *map_zeros(uint64_t bytes)
 {
-    uint64_t units = 0;
+    void *address = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-    level->unit_bytes = bytes;
-    level->unit_pages = (uint32_t)(bytes / PAGE_BYTES);
-    level->first_unit = calloc(counter->source_count, sizeof(*level->first_unit));
-    if (!level->first_unit)
+    return address == MAP_FAILED ? NULL : address;
+}
+
+static uint64_t table_bytes(const struct level *level)
+{
+    uint64_t bytes = level->slots * sizeof(struct entry);
+
+    /* The kernel gives huge pages to mappings that are whole numbers of them. Each look-up is
+     * somewhere else: without huge pages, each costs a miss of the translation as well. */
+    return bytes < HUGE_BYTES ? bytes : (bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+}
+
+static int open_level(struct level *level, uint64_t unit_bytes, uint64_t units)
+{
+    level->unit_pages = (uint32_t)(unit_bytes / PAGE_BYTES);
+    level->slots = units + units / 3 + 1;
+    level->table = map_zeros(table_bytes(level));
+    if (!level->table)
+        return -ENOMEM;
+    madvise(level->table, table_bytes(level), MADV_HUGEPAGE);
+    return 0;
+}
+
+/* Each level's table has room for every unit that can be anything but zeros. */
+static int open_levels(struct counter *counter)
+{
+    int error = 0;
+
+    for (int which = 0; error == 0 && which < ANALYZE_LEVELS; which++) {
+        uint64_t unit_pages = ctl_analyze_unit_bytes[which] / PAGE_BYTES, units = 0;
+
+        for (size_t i = 0; i < counter->source_count; i++) {
+            const struct analyze_file *file = &counter->sources[i].now;
+
+            /* A piece of an extent can be in two more units than it fills. */
+            units += ctl_analyze_data_pages(file) / unit_pages +
+                     (which == ANALYZE_PAGES ? 0 : 2 * file->extent_count);
+        }
+        error = open_level(&counter->levels[which], ctl_analyze_unit_bytes[which], units);
+    }
+    return error;
+}
+
+static int number_pages(struct counter *counter)
+{
+    uint64_t pages = 0;
+
+    counter->first_page = calloc(counter->source_count, sizeof(*counter->first_page));
+    if (!counter->first_page)
         return -ENOMEM;
     for (size_t i = 0; i < counter->source_count; i++) {
-        level->first_unit[i] = (uint32_t)units;
-        units += (counter->sources[i].now.pages + level->unit_pages - 1) / level->unit_pages;
-        if (units > UINT32_MAX)
+        counter->first_page[i] = (uint32_t)pages;
+        pages += (counter->sources[i].now.pages + HUGE_PAGES - 1) / HUGE_PAGES * HUGE_PAGES;
+        if (pages > ANALYZE_PAGES_MAX)
             return -E2BIG;
     }
-    level->slots = units + units / 3 + 1;
-    level->table = mmap(NULL, level->slots * sizeof(struct entry), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (level->table == MAP_FAILED) {
-        level->table = NULL;
-        return -ENOMEM;
-    }
-    return 0;
+    counter->content_count = pages;
+    counter->contents = map_zeros(pages * sizeof(*counter->contents));
+    return counter->contents ? 0 : -ENOMEM;
 }
 
 static int open_counter(struct counter *counter)
 {
-    static const uint8_t zeros[PAGE_BYTES];
-    int error = 0;
+    struct analyze_result *result = counter->result;
+    uint32_t domains = counter->options->domains;
+    int error;
 
     if (getrandom(&counter->seed, sizeof(counter->seed), 0) != sizeof(counter->seed))
         return -EAGAIN;
-    counter->zero_hash = XXH3_64bits_withSeed(zeros, PAGE_BYTES, counter->seed);
     counter->lz4_state = malloc((size_t)LZ4_sizeofState());
-    counter->result->sources = calloc(counter->source_count, sizeof(*counter->result->sources));
-    counter->buffer = malloc(COMPARE_BYTES);
-    if (!counter->lz4_state || !counter->buffer || !counter->result->sources)
+    counter->buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
+    counter->earlier_buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
+    counter->run = (struct run){.bytes = malloc(RUN_PAGES * PAGE_BYTES), .next = PAGE_NONE};
+    result->sources = calloc(counter->source_count, sizeof(*result->sources));
+    result->domains = domains ? calloc(domains, sizeof(*result->domains)) : NULL;
+    if (!counter->lz4_state || !counter->buffer || !counter->earlier_buffer ||
+        !counter->run.bytes || !result->sources || (domains && !result->domains))
         return -ENOMEM;
-    for (int which = 0; error == 0 && which < ANALYZE_LEVELS; which++)
-        error = open_level(counter, &counter->levels[which], ctl_analyze_unit_bytes[which]);
-    return error;
+    error = number_pages(counter);
+    return error == 0 ? open_levels(counter) : error;
 }
 
 static void close_counter(struct counter *counter)
@@ -392,17 +580,21 @@ static void close_counter(struct counter *counter)
     for (int which = 0; which < ANALYZE_LEVELS; which++) {
         struct level *level = &counter->levels[which];
 
-        free(level->first_unit);
         if (level->table)
-            munmap(level->table, level->slots * sizeof(struct entry));
+            munmap(level->table, table_bytes(level));
     }
+    if (counter->contents)
+        munmap(counter->contents, counter->content_count * sizeof(*counter->contents));
+    free(counter->first_page);
     free(counter->lz4_state);
     free(counter->buffer);
+    free(counter->earlier_buffer);
+    free(counter->run.bytes);
     free(counter);
 }
 
 int ctl_analyze_count(const struct analyze_source *sources, size_t count,
-                      struct analyze_result *ret_result)
+                      const struct analyze_options *options, struct analyze_result *ret_result)
 {
     struct analyze_result result = {0};
     struct counter *counter = calloc(1, sizeof(*counter));
@@ -412,10 +604,12 @@ int ctl_analyze_count(const struct analyze_source *sources, size_t count,
         return -ENOMEM;
     counter->sources = sources;
     counter->source_count = count;
+    counter->options = options;
     counter->result = &result;
     error = open_counter(counter);
-    for (size_t i = 0; error == 0 && i < count; i++)
-        error = count_source(counter, i);
+    for (uint32_t domain = 0; error == 0 && domain < (options->domains ? options->domains : 1);
+         domain++)
+        error = count_domain(counter, domain);
     if (error == 0) {
         sum_up(counter);
         *ret_result = result;
@@ -429,5 +623,7 @@ int ctl_analyze_count(const struct analyze_source *sources, size_t count,
 void ctl_analyze_result_free(struct analyze_result *result)
 {
     free(result->sources);
+    free(result->domains);
     result->sources = NULL;
+    result->domains = NULL;
 }

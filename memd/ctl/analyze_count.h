@@ -17,26 +17,36 @@ enum { ANALYZE_PAGES, ANALYZE_64K, ANALYZE_2M, ANALYZE_LEVELS };
 /* Bytes of a unit of each level. */
 extern const uint64_t ctl_analyze_unit_bytes[ANALYZE_LEVELS];
 
-/* Units of one level, of one source or of all. */
+/* Units of one level, of one source, one domain or of all. */
 struct analyze_counts {
     uint64_t units;            /* counted: those that did not change */
     uint64_t zero;             /* all of whose bytes are 0 */
     uint64_t unique;           /* distinct contents among the others */
     uint64_t intra;            /* duplicates within their own source */
+    uint64_t common;           /* of `unique`: contents that several sources hold. Of a source:
+                                  those of its contents that another source holds, too */
     uint64_t compressed_bytes; /* distinct contents, LZ4 page by page; zero pages cost nothing */
     uint64_t changed;          /* left out, because they differ from the earlier dump */
+};
+
+/* What is not a source's but a choice of the user's. */
+struct analyze_options {
+    uint32_t domains;    /* sources' domains are below this; 0: none */
+    bool no_compression; /* compressed_bytes stay 0 */
 };
 
 struct analyze_result {
     struct analyze_counts all[ANALYZE_LEVELS];
     struct analyze_counts (*sources)[ANALYZE_LEVELS]; /* one for each source */
+    /* One for each domain, `common` not counted; NULL without domains. */
+    struct analyze_counts (*domains)[ANALYZE_LEVELS];
 };
 
 /* Fills *ret_result, to be freed with ctl_analyze_result_free(). -ENOMEM; -E2BIG beyond 2^32 - 1
- * pages in all; -EIO when a source could not be read again. Reads the sources' memory, which raises
- * SIGBUS where a file has shrunk. */
+ * pages in all; -EIO when a source has shrunk, or another error of reading it. With domains each
+ * source has one. */
 int ctl_analyze_count(const struct analyze_source *sources, size_t count,
-                      struct analyze_result *ret_result);
+                      const struct analyze_options *options, struct analyze_result *ret_result);
 
 void ctl_analyze_result_free(struct analyze_result *result);
 

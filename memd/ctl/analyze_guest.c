@@ -19,7 +19,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "analyze_source.h"
@@ -44,6 +43,7 @@ struct snapshot {
     uint8_t *have; /* a bit for each page that was copied */
     uint8_t *buffer;
     uint64_t unreadable; /* in this look: pages that are there and gave EIO */
+    uint64_t unsettled;  /* in the last look: pages that are not as they were copied */
 };
 
 static int open_files(struct snapshot *snapshot, int pid)
@@ -224,7 +224,9 @@ static int copy_chunk(struct snapshot *snapshot, uint64_t hva, uint64_t count, u
     return 0;
 }
 
-static int look(struct snapshot *snapshot, const struct analyze_block *blocks, size_t count)
+/* `chunk` sees every page, at most CHUNK_PAGES at a time. */
+static int look(struct snapshot *snapshot, const struct analyze_block *blocks, size_t count,
+                int (*chunk)(struct snapshot *, uint64_t hva, uint64_t pages, uint64_t at))
 {
     uint64_t at = 0;
     int error = read_mappings(snapshot);
@@ -234,12 +236,31 @@ static int look(struct snapshot *snapshot, const struct analyze_block *blocks, s
         for (uint64_t page = 0; error == 0 && page < blocks[i].pages; page += CHUNK_PAGES) {
             uint64_t left = blocks[i].pages - page;
 
-            error = copy_chunk(snapshot, blocks[i].hva + page * PAGE_BYTES,
-                               left < CHUNK_PAGES ? left : CHUNK_PAGES, at + page);
+            error = chunk(snapshot, blocks[i].hva + page * PAGE_BYTES,
+                          left < CHUNK_PAGES ? left : CHUNK_PAGES, at + page);
         }
         at += blocks[i].pages;
     }
     return error;
+}
+
+/* Counts the pages of a chunk that are not what was copied of them any more. */
+static int compare_chunk(struct snapshot *snapshot, uint64_t hva, uint64_t count, uint64_t at)
+{
+    uint8_t copy[PAGE_BYTES];
+
+    for (uint64_t i = 0; i < count; i++) {
+        if (!(snapshot->have[(at + i) / 8] >> (at + i) % 8 & 1))
+            continue; /* not there when it was looked for; looking now could fill it */
+        if (pread(snapshot->out, copy, PAGE_BYTES, (off_t)((at + i) * PAGE_BYTES)) !=
+            (ssize_t)PAGE_BYTES)
+            return -EIO;
+        if (pread(snapshot->mem, snapshot->buffer, PAGE_BYTES, (off_t)(hva + i * PAGE_BYTES)) !=
+                (ssize_t)PAGE_BYTES ||
+            memcmp(snapshot->buffer, copy, PAGE_BYTES) != 0)
+            snapshot->unsettled++;
+    }
+    return 0;
 }
 
 static int take(struct snapshot *snapshot, const struct analyze_block *blocks, size_t count)
@@ -247,8 +268,10 @@ static int take(struct snapshot *snapshot, const struct analyze_block *blocks, s
     int error = 0;
 
     for (int i = 0; error == 0 && i < LOOKS; i++)
-        error = look(snapshot, blocks, count);
-    return error == 0 && snapshot->unreadable ? -EIO : error;
+        error = look(snapshot, blocks, count, copy_chunk);
+    if (error == 0 && snapshot->unreadable)
+        return -EIO;
+    return error == 0 ? look(snapshot, blocks, count, compare_chunk) : error;
 }
 
 static void explain(int error, int pid, const struct snapshot *snapshot,
@@ -280,22 +303,6 @@ static void close_snapshot(struct snapshot *snapshot)
     free(snapshot->buffer);
 }
 
-/* Turns the finished copy into a source. */
-static int map_output(int out, uint64_t pages, struct analyze_file *ret_file)
-{
-    struct analyze_file file = {.fd = out, .pages = pages};
-    void *address;
-
-    if (fstat(out, &file.status) < 0)
-        return -errno;
-    address = mmap(NULL, pages * PAGE_BYTES, PROT_READ, MAP_SHARED, out, 0);
-    if (address == MAP_FAILED)
-        return -errno;
-    file.bytes = address;
-    *ret_file = file;
-    return 0;
-}
-
 int ctl_analyze_open_blocks(int pid, const struct analyze_block *blocks, size_t count,
                             struct analyze_file *ret_file, char why[ANALYZE_WHY_CHARS])
 {
@@ -313,7 +320,9 @@ int ctl_analyze_open_blocks(int pid, const struct analyze_block *blocks, size_t 
     if (error == 0)
         error = take(&snapshot, blocks, count);
     if (error == 0)
-        error = map_output(snapshot.out, pages, ret_file);
+        error = ctl_analyze_open_raw(snapshot.out, pages, ret_file);
+    if (error == 0)
+        ret_file->unsettled = snapshot.unsettled;
     if (error < 0)
         explain(error, pid, &snapshot, why);
     if (error < 0 && snapshot.out >= 0)

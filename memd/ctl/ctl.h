@@ -30,7 +30,13 @@ struct ctl_option {
     const char *name;  /* without dashes */
     const char *value; /* what its value is called in the usage; NULL: it takes none */
     const char *help;
-    bool repeats; /* may be given several times; at most one such option in a table */
+    bool repeats; /* may be given several times */
+};
+
+/* The values of an option that repeats, in the order in which they were given. */
+struct ctl_values {
+    const char **at;
+    size_t count;
 };
 
 /* What the user wrote behind the command's name. */
@@ -39,9 +45,8 @@ struct ctl_arguments {
     bool json;
     const char *value[CTL_OPTIONS_MAX]; /* by index in the table: the text, "" where the option
                                            takes none, NULL when it was not given */
-    const char **repeated;              /* values of the option that repeats */
-    size_t repeated_count;
-    char **operands; /* NULL at the end, like argv */
+    struct ctl_values repeated[CTL_OPTIONS_MAX]; /* of those that repeat, likewise by index */
+    char **operands;                             /* NULL at the end, like argv */
     size_t operand_count;
 };
 

@@ -75,14 +75,30 @@ static const char *default_socket(void)
 
 static void take(const struct ctl_command *command, struct ctl_arguments *arguments, int option)
 {
-    if (option == OPTION_SOCKET)
+    if (option == OPTION_SOCKET) {
         arguments->socket = optarg;
-    else if (option == OPTION_JSON)
+    } else if (option == OPTION_JSON) {
         arguments->json = true;
-    else if (command->options[option].repeats)
-        arguments->repeated[arguments->repeated_count++] = optarg;
-    if (option < CTL_OPTIONS_MAX)
+    } else {
+        struct ctl_values *repeated = &arguments->repeated[option];
+
+        if (command->options[option].repeats)
+            repeated->at[repeated->count++] = optarg;
         arguments->value[option] = optarg ? optarg : "";
+    }
+}
+
+/* Room for the values of options that repeat: no more than there are words. */
+static bool make_room(const struct ctl_command *command, int argc, struct ctl_arguments *arguments)
+{
+    for (int i = 0; command->options[i].name; i++) {
+        if (!command->options[i].repeats)
+            continue;
+        arguments->repeated[i].at = calloc((size_t)argc + 1, sizeof(char *));
+        if (!arguments->repeated[i].at)
+            return false;
+    }
+    return true;
 }
 
 static bool check_operands(const struct ctl_command *command, const struct ctl_arguments *arguments)
@@ -135,11 +151,8 @@ bool ctl_options_read(const struct ctl_command *command, int argc, char **argv,
     char *name = argv[0];
     bool go_on;
 
-    *ret_arguments = (struct ctl_arguments){
-        .socket = default_socket(),
-        .repeated = calloc((size_t)argc + 1, sizeof(char *)),
-    };
-    if (!table || !ret_arguments->repeated) {
+    *ret_arguments = (struct ctl_arguments){.socket = default_socket()};
+    if (!table || !make_room(command, argc, ret_arguments)) {
         ctl_say("no memory");
         free(table);
         *ret_status = CTL_FAILED;
@@ -154,5 +167,6 @@ bool ctl_options_read(const struct ctl_command *command, int argc, char **argv,
 
 void ctl_options_free(struct ctl_arguments *arguments)
 {
-    free(arguments->repeated);
+    for (int i = 0; i < CTL_OPTIONS_MAX; i++)
+        free(arguments->repeated[i].at);
 }

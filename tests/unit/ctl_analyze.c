@@ -106,6 +106,16 @@ static uint64_t compressed(const struct unit *unit)
     return sum;
 }
 
+/* Whether the content that begins at `first` in the sorted units is of several sources. */
+static bool is_common(const struct unit *units, size_t count, size_t first)
+{
+    size_t last = first;
+
+    while (last + 1 < count && compare_units(&units[first], &units[last + 1]) == 0)
+        last++;
+    return units[first].source != units[last].source;
+}
+
 static struct analyze_counts naive(const struct dump *dumps, const struct dump *earlier,
                                    size_t count, size_t size)
 {
@@ -142,6 +152,7 @@ static struct analyze_counts naive(const struct dump *dumps, const struct dump *
         if (i == 0 || compare_units(&units[i - 1], &units[i]) != 0) {
             counts.unique++;
             counts.compressed_bytes += compressed(&units[i]);
+            counts.common += is_common(units, filled, i);
         } else if (units[i - 1].source == units[i].source) {
             counts.intra++;
         }
@@ -153,8 +164,11 @@ static struct analyze_counts naive(const struct dump *dumps, const struct dump *
 }
 
 static void expect_same(const struct analyze_counts *got, const struct analyze_counts *want,
-                        const char *where)
+                        bool with_common, const char *where)
 {
+    if (with_common)
+        cr_expect(got->common == want->common, "%s: %lu common, not %lu", where, got->common,
+                  want->common);
     cr_expect(got->units == want->units, "%s: %lu units, not %lu", where, got->units, want->units);
     cr_expect(got->zero == want->zero, "%s: %lu zero, not %lu", where, got->zero, want->zero);
     cr_expect(got->unique == want->unique, "%s: %lu unique, not %lu", where, got->unique,
@@ -175,37 +189,80 @@ static void compare_results(const struct analyze_result *result, const struct du
         char where[64];
 
         snprintf(where, sizeof(where), "all, level %d", level);
-        expect_same(&result->all[level], &want, where);
+        expect_same(&result->all[level], &want, true, where);
         for (size_t s = 0; s < count; s++) {
             want = naive(&dumps[s], earlier ? &earlier[s] : NULL, 1, size);
             snprintf(where, sizeof(where), "source %zu, level %d", s, level);
-            expect_same(&result->sources[s][level], &want, where);
+            expect_same(&result->sources[s][level], &want, false, where);
         }
     }
 }
 
-typedef int count_function(const struct analyze_source *, size_t, struct analyze_result *);
+/* Sources' common contents: those of each that some other source has. */
+static void compare_common(const struct analyze_result *result, const struct dump *dumps,
+                           const struct dump *earlier, size_t count)
+{
+    for (int level = 0; level < ANALYZE_LEVELS; level++) {
+        size_t size = ctl_analyze_unit_bytes[level];
+        struct analyze_counts all = naive(dumps, earlier, count, size);
+
+        for (size_t s = 0; s < count; s++) {
+            struct dump others[SOURCES_MAX], others_earlier[SOURCES_MAX];
+            struct analyze_counts own = naive(&dumps[s], earlier ? &earlier[s] : NULL, 1, size);
+            struct analyze_counts rest = {0};
+            size_t n = 0;
+
+            for (size_t other = 0; other < count; other++) {
+                if (other == s)
+                    continue;
+                others[n] = dumps[other];
+                others_earlier[n++] = earlier ? earlier[other] : dumps[other];
+            }
+            if (n)
+                rest = naive(others, earlier ? others_earlier : NULL, n, size);
+            cr_expect(result->sources[s][level].common == own.unique + rest.unique - all.unique,
+                      "source %zu, level %d: %lu common contents", s, level,
+                      result->sources[s][level].common);
+        }
+    }
+}
+
+typedef int count_function(const struct analyze_source *, size_t, const struct analyze_options *,
+                           struct analyze_result *);
+
+static void open_sources(const struct dump *dumps, const struct dump *earlier, size_t count,
+                         struct analyze_source *ret_sources)
+{
+    for (size_t s = 0; s < count; s++) {
+        ret_sources[s] =
+            (struct analyze_source){.name = "dump", .now = open_dump(&dumps[s]), .earlier.fd = -1};
+        if (earlier)
+            ret_sources[s].earlier = open_dump(&earlier[s]);
+    }
+}
+
+static void close_sources(struct analyze_source *sources, size_t count)
+{
+    for (size_t s = 0; s < count; s++) {
+        ctl_analyze_close(&sources[s].now);
+        ctl_analyze_close(&sources[s].earlier);
+    }
+}
 
 /* Counts with `function` and naively, and compares everything. */
 static void check_with(count_function *function, const struct dump *dumps,
                        const struct dump *earlier, size_t count)
 {
     struct analyze_source sources[SOURCES_MAX];
+    struct analyze_options options = {0};
     struct analyze_result result;
 
-    for (size_t s = 0; s < count; s++) {
-        sources[s] =
-            (struct analyze_source){.name = "dump", .now = open_dump(&dumps[s]), .earlier.fd = -1};
-        if (earlier)
-            sources[s].earlier = open_dump(&earlier[s]);
-    }
-    cr_assert(function(sources, count, &result) == 0);
+    open_sources(dumps, earlier, count, sources);
+    cr_assert(function(sources, count, &options, &result) == 0);
     compare_results(&result, dumps, earlier, count);
+    compare_common(&result, dumps, earlier, count);
     ctl_analyze_result_free(&result);
-    for (size_t s = 0; s < count; s++) {
-        ctl_analyze_close(&sources[s].now);
-        ctl_analyze_close(&sources[s].earlier);
-    }
+    close_sources(sources, count);
 }
 
 static void check(const struct dump *dumps, const struct dump *earlier, size_t count)
@@ -384,6 +441,100 @@ Test(ctl_analyze, every_hash_collides)
     free_dumps(dumps, 2);
 }
 
+/* Every way to put the sources into two domains: each domain counts as if its sources were alone,
+ * and nothing else changes. */
+Test(ctl_analyze, domains_are_counted_like_their_sources_alone)
+{
+    struct dump dumps[4];
+    struct analyze_source sources[SOURCES_MAX];
+    unsigned seed = 5;
+
+    for (size_t s = 0; s < 4; s++) {
+        dumps[s] = make_dump(300 + 37 * s);
+        scramble(&dumps[s], &seed);
+    }
+    open_sources(dumps, NULL, 4, sources);
+    for (unsigned split = 0; split < 16; split++) {
+        struct analyze_options options = {.domains = 2};
+        struct analyze_result result;
+
+        for (size_t s = 0; s < 4; s++)
+            sources[s].domain = split >> s & 1;
+        cr_assert(ctl_analyze_count(sources, 4, &options, &result) == 0);
+        compare_results(&result, dumps, NULL, 4);
+        compare_common(&result, dumps, NULL, 4);
+        for (uint32_t domain = 0; domain < 2; domain++) {
+            struct dump members[4];
+            size_t n = 0;
+
+            for (size_t s = 0; s < 4; s++) {
+                if (sources[s].domain == domain)
+                    members[n++] = dumps[s];
+            }
+            for (int level = 0; level < ANALYZE_LEVELS; level++) {
+                struct analyze_counts want = naive(members, NULL, n, ctl_analyze_unit_bytes[level]);
+
+                expect_same(&result.domains[domain][level], &want, false, "domain");
+            }
+        }
+        ctl_analyze_result_free(&result);
+    }
+    close_sources(sources, 4);
+    free_dumps(dumps, 4);
+}
+
+Test(ctl_analyze, without_compression_only_the_compressed_bytes_are_missing)
+{
+    struct dump dump = make_dump(600);
+    struct analyze_source source;
+    struct analyze_options options = {.no_compression = true};
+    struct analyze_result result;
+    unsigned seed = 8;
+
+    scramble(&dump, &seed);
+    open_sources(&dump, NULL, 1, &source);
+    cr_assert(ctl_analyze_count(&source, 1, &options, &result) == 0);
+    for (int level = 0; level < ANALYZE_LEVELS; level++) {
+        struct analyze_counts want = naive(&dump, NULL, 1, ctl_analyze_unit_bytes[level]);
+
+        want.compressed_bytes = 0;
+        expect_same(&result.all[level], &want, true, "all");
+    }
+    ctl_analyze_result_free(&result);
+    close_sources(&source, 1);
+    free_dumps(&dump, 1);
+}
+
+/* Holes of 2 MiB and more are not even looked at; the counts are those of zeros. */
+Test(ctl_analyze, a_sparse_dump_counts_like_one_full_of_zeros)
+{
+    struct dump dump = make_dump(6 * 512 + 70);
+    char path[] = "/tmp/unit_ctl.XXXXXX", why[ANALYZE_WHY_CHARS];
+    struct analyze_source source = {.name = "dump", .earlier.fd = -1};
+    struct analyze_options options = {0};
+    struct analyze_result result;
+    int fd = mkstemp(path);
+
+    fill(&dump, 3, 1);
+    fill(&dump, 3 * 512 + 511, 1);
+    fill(&dump, 6 * 512 + 69, 2);
+    cr_assert(fd >= 0 && ftruncate(fd, (off_t)(dump.pages * PAGE_BYTES)) == 0);
+    for (uint64_t page = 0; page < dump.pages; page++) {
+        off_t at = (off_t)(page * PAGE_BYTES);
+
+        if (!is_zero(dump.bytes + at, PAGE_BYTES))
+            cr_assert(pwrite(fd, dump.bytes + at, PAGE_BYTES, at) == (ssize_t)PAGE_BYTES);
+    }
+    close(fd);
+    cr_assert(ctl_analyze_open_dump(path, &source.now, why) == 0, "%s", why);
+    unlink(path);
+    cr_assert(ctl_analyze_count(&source, 1, &options, &result) == 0);
+    compare_results(&result, &dump, NULL, 1);
+    ctl_analyze_result_free(&result);
+    ctl_analyze_close(&source.now);
+    free_dumps(&dump, 1);
+}
+
 /* More than is kept mapped behind the walk, so that contents are read again from the file. */
 Test(ctl_analyze, duplicates_that_are_far_apart)
 {
@@ -415,14 +566,20 @@ static int open_bytes(const void *bytes, size_t count, char why[ANALYZE_WHY_CHAR
 
 Test(ctl_analyze, what_is_no_raw_dump_is_refused)
 {
-    static uint8_t bytes[2 * PAGE_BYTES] = {0x7f, 'E', 'L', 'F', 2, 1, 1, 0, [16] = 4};
+    static uint8_t bytes[2 * PAGE_BYTES] = {0x7f, 'E', 'L', 'F', 2, 1, 1, 0, [16] = 2};
     char why[ANALYZE_WHY_CHARS];
     struct analyze_file file;
 
     cr_expect(open_bytes(bytes, 0, why) == -ENODATA);
     cr_expect(strstr(why, "empty"));
+    cr_expect(open_bytes(bytes, sizeof(bytes), why) == -EINVAL);
+    cr_expect(strstr(why, "dump-guest-memory"), "%s", why);
+    memcpy(bytes, "KDUMP   ", 8);
     cr_expect(open_bytes(bytes, sizeof(bytes), why) == -ENOEXEC);
-    bytes[16] = 0;
+    cr_expect(strstr(why, "without -z"), "%s", why);
+    memcpy(bytes, "makedumpfile", 12);
+    cr_expect(open_bytes(bytes, sizeof(bytes), why) == -ENOEXEC);
+    memset(bytes, 7, 16);
     cr_expect(open_bytes(bytes, sizeof(bytes), why) == 0);
     cr_expect(open_bytes(bytes, PAGE_BYTES + 1, why) == -EINVAL);
     cr_expect(strstr(why, "4096"));
@@ -509,10 +666,10 @@ static size_t present_pages(const struct live *live, const void *start)
 
 static uint32_t first_word(const struct analyze_file *file, uint64_t page)
 {
-    uint32_t word;
+    uint32_t words[PAGE_BYTES / sizeof(uint32_t)];
 
-    memcpy(&word, file->bytes + page * PAGE_BYTES, sizeof(word));
-    return word;
+    cr_assert(ctl_analyze_read(file, page, 1, (uint8_t *)words) == 0);
+    return words[0];
 }
 
 Test(ctl_analyze, a_hole_of_a_live_guest_is_not_filled_by_looking)
@@ -558,4 +715,42 @@ Test(ctl_analyze, memory_that_can_not_be_looked_at_safely_is_refused)
     cr_expect(strstr(why, "shared"), "%s", why);
     stop_live(&live);
     cr_expect(ctl_analyze_open_blocks(live.child, &block, 1, &file, why) < 0);
+}
+
+/* A child that writes to its first page for ever, and never to the second. */
+static pid_t start_writer(uint64_t *page)
+{
+    pid_t child;
+
+    memset(page, 5, 2 * PAGE_BYTES);
+    child = fork();
+    while (child == 0)
+        (*(volatile uint64_t *)page)++;
+    return child;
+}
+
+Test(ctl_analyze, a_page_that_changes_while_it_is_copied_is_counted)
+{
+    uint64_t *pages = mmap(NULL, 2 * PAGE_BYTES, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    struct analyze_block block = {(uintptr_t)pages, 2};
+    struct analyze_file file;
+    char why[ANALYZE_WHY_CHARS];
+    pid_t child = start_writer(pages);
+    uint64_t seen = 0;
+
+    /* It may not have had its turn in between. */
+    for (int i = 0; seen == 0 && i < 100000; i++) {
+        cr_assert(ctl_analyze_open_blocks(child, &block, 1, &file, why) == 0, "%s", why);
+        seen = file.unsettled;
+        ctl_analyze_close(&file);
+    }
+    cr_expect(seen == 1, "%lu pages", seen);
+    kill(child, SIGSTOP);
+    waitpid(child, NULL, WUNTRACED);
+    cr_assert(ctl_analyze_open_blocks(child, &block, 1, &file, why) == 0, "%s", why);
+    cr_expect(file.unsettled == 0);
+    ctl_analyze_close(&file);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
 }

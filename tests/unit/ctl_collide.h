@@ -6,7 +6,7 @@
 #include "analyze_count.h"
 
 int collide_analyze_count(const struct analyze_source *sources, size_t count,
-                          struct analyze_result *ret_result);
+                          const struct analyze_options *options, struct analyze_result *ret_result);
 void collide_analyze_result_free(struct analyze_result *result);
 
 #endif
