@@ -37,9 +37,9 @@ enum content_kind {
 };
 
 /* As a table's initializer, so that loader and guest have the same names. */
-#define CONTENT_NAMES                                                                             \
-    {                                                                                             \
-        "zero", "common", "text", "twin", "unique", "churn", "hot", "flip", "lend"                \
+#define CONTENT_NAMES                                                              \
+    {                                                                              \
+        "zero", "common", "text", "twin", "unique", "churn", "hot", "flip", "lend" \
     }
 
 #define CONTENT_PAGE_BYTES 4096U
@@ -81,7 +81,7 @@ static inline uint64_t content_random_word(uint64_t key, uint32_t word)
 static inline uint64_t content_text_word(uint64_t key, uint32_t word)
 {
     static const char words[8][9] = {"balloon ", "to share", " memory\n", "a guest ",
-                                     "is cold ", "of pages", " (a hit)", "merges, "};
+                                     "is cold ", "of pages", " (a hit)",  "merges, "};
     const char *chars = words[content_random_word(key, word) >> 61];
     uint64_t value = 0;
 

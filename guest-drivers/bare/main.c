@@ -8,7 +8,8 @@
  *   ready seed= pages= cpus= random=            once
  *   verified rounds= pages= errors= hot-writes= flips= given-up= random-bytes=
  *   CORRUPT ...                                 on the first wrong word of a vCPU
- *   CRASH ...                                   on an exception; the machine then ends with status 9
+ *   CRASH ...                                   on an exception; the machine then ends with status
+ * 9
  *
  * Commands, one a line. TAG is any word; it comes back in the answer:
  *   report TAG   all vCPUs look at all pages now   -> report tag= pages= errors= rounds= ...
@@ -23,14 +24,14 @@
 #include "virtio.h"
 #include "workload.h"
 
-#define ENTROPY_DEVICE  4U
-#define ENTROPY_BYTES   64U
-#define REST_MAX_US     500000U
-#define REPORT_WAIT_US  1000U
+#define ENTROPY_DEVICE 4U
+#define ENTROPY_BYTES  64U
+#define REST_MAX_US    500000U
+#define REPORT_WAIT_US 1000U
 
 static const struct boot_info *const boot = (const struct boot_info *)ADDRESS_BOOT_INFO;
-static uint32_t started;        /* the first vCPU has made everything ready */
-static uint32_t report_wanted;  /* number of the last report that was asked for */
+static uint32_t started;       /* the first vCPU has made everything ready */
+static uint32_t report_wanted; /* number of the last report that was asked for */
 static uint32_t burst_began_us[MACHINE_MAX_CPUS];
 static struct virtio_queue entropy_queue;
 static uint64_t random_bytes, random_errors;

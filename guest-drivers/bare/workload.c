@@ -70,8 +70,7 @@ static void verify_line(const struct visit *visit, uint32_t gen)
 
     for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++) {
         uint32_t word = visit->line * CONTENT_LINE_WORDS + i;
-        uint64_t want =
-            content_written_word(visit->kind, visit->key, word, visit->boot->seed, gen);
+        uint64_t want = content_written_word(visit->kind, visit->key, word, visit->boot->seed, gen);
         uint64_t got = visit->page[word];
 
         if (got == want)

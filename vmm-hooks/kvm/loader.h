@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Puts a guest into empty RAM: its ELF image, and (for the bare guest) the content of its memory. */
+/* Puts a guest into empty RAM: its ELF image, and (for the bare guest) the content of its memory.
+ */
 #ifndef MEMVM_LOADER_H
 #define MEMVM_LOADER_H
 

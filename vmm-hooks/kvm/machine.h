@@ -65,7 +65,8 @@ struct machine {
     int exit_status;
 };
 
-/* Makes the VM, its vCPUs and its memory; nothing runs yet. 0 or -errno, after saying what failed. */
+/* Makes the VM, its vCPUs and its memory; nothing runs yet. 0 or -errno, after saying what failed.
+ */
 int machine_open(struct machine *machine, uint64_t memory_bytes, uint32_t cpus);
 
 /* Sets a vCPU to the beginning described in address_map.h. The page tables are written by

@@ -10,9 +10,8 @@
 int memory_open(struct guest_memory *memory, uint64_t bytes)
 {
     uint64_t reserved = bytes + HUGE_BYTES;
-    uint8_t *base =
-        mmap(NULL, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-             -1, 0);
+    uint8_t *base = mmap(NULL, reserved, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     uint64_t before;
 
     if (base == MAP_FAILED)

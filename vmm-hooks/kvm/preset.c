@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The content of the bare guest's memory. A vCPU may be interpreted, and then needs seconds for what
- * takes us milliseconds: so we fill, with the very functions by which the guest verifies.
+ * The content of the bare guest's memory. A vCPU may be interpreted, and then needs seconds for
+ * what takes us milliseconds: so we fill, with the very functions by which the guest verifies.
  *
  * Behind the guest's image lie, page by page: the table of generations, then the regions in the
  * order of their kinds. What is left over stays untouched.

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Save and load. The file: a header, the vCPUs, the board, then RAM at its own offset, so that RAM
- * page N is where it can be mapped; pages of zeros are holes. Numbers are this machine's own: a file
- * fits the build of memvm that wrote it, and a processor and KVM that know the same state.
+ * page N is where it can be mapped; pages of zeros are holes. Numbers are this machine's own: a
+ * file fits the build of memvm that wrote it, and a processor and KVM that know the same state.
  *
  * A vCPU is a list of parts, each with the ioctl that gets and the one that sets it. Parts and
  * model-specific registers that this KVM does not have are left out, and noted as such.
@@ -115,8 +115,7 @@ static int load_vcpu(struct vcpu *cpu, struct vcpu_state *state)
     cpu->halted = state->halted;
     cpu->wake = true; /* its alarm was set on another clock: HLT may end for no reason */
     for (uint32_t i = 0; i < PART_COUNT; i++)
-        if (state->parts & 1U << i &&
-            ioctl(cpu->fd, parts[i].set, (char *)state + parts[i].at) < 0)
+        if (state->parts & 1U << i && ioctl(cpu->fd, parts[i].set, (char *)state + parts[i].at) < 0)
             return complain(parts[i].name, -errno);
     for (uint32_t i = 0; i < MSR_COUNT; i++)
         if (state->msrs & 1U << i &&
@@ -261,8 +260,8 @@ int snapshot_open(const char *path, struct snapshot *ret_snapshot)
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     int r = fd < 0 ? -errno : read_all(fd, &header, sizeof(header), 0);
 
-    if (r == 0 && (!is_ours(&header) ||
-                   lseek(fd, 0, SEEK_END) != (off_t)(RAM_AT + header.memory_bytes)))
+    if (r == 0 &&
+        (!is_ours(&header) || lseek(fd, 0, SEEK_END) != (off_t)(RAM_AT + header.memory_bytes)))
         r = -ENOEXEC;
     if (r < 0) {
         if (fd >= 0)

@@ -5,8 +5,8 @@
 
 #include "machine.h"
 
-/* Writes the machine, which must be paused, into a new file at `path`; an older one is replaced only
- * when all is written. 0 or -errno; says why. */
+/* Writes the machine, which must be paused, into a new file at `path`; an older one is replaced
+ * only when all is written. 0 or -errno; says why. */
 int snapshot_save(struct machine *machine, const char *path);
 
 struct snapshot {
@@ -18,7 +18,8 @@ struct snapshot {
 /* First half of loading: what kind of machine is in the file. 0 or -errno; says why. */
 int snapshot_open(const char *path, struct snapshot *ret_snapshot);
 
-/* Second half: into a machine of that kind that was never started. Closes the file. 0 or -errno; says why. */
+/* Second half: into a machine of that kind that was never started. Closes the file. 0 or -errno;
+ * says why. */
 int snapshot_load(struct snapshot *snapshot, struct machine *machine);
 
 #endif

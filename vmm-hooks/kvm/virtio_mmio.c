@@ -109,9 +109,9 @@ static uint32_t read_register(struct virtio_mmio *transport, uint32_t offset)
 uint32_t virtio_mmio_read(struct virtio_mmio *transport, uint32_t offset, uint32_t bytes)
 {
     if (offset >= VIRTIO_MMIO_CONFIG)
-        return transport->ops->config_read ? transport->ops->config_read(
-                                                 transport, offset - VIRTIO_MMIO_CONFIG, bytes)
-                                           : 0;
+        return transport->ops->config_read
+                   ? transport->ops->config_read(transport, offset - VIRTIO_MMIO_CONFIG, bytes)
+                   : 0;
     return bytes == sizeof(uint32_t) ? read_register(transport, offset) : 0;
 }
 
@@ -138,8 +138,8 @@ static void write_features(struct virtio_mmio *transport, uint32_t value)
 static void write_status(struct virtio_mmio *transport, uint32_t value)
 {
     struct virtio_mmio_state *state = &transport->state;
-    bool agreed = !(state->driver_features & ~offered(transport)) &&
-                  state->driver_features & VERSION_1;
+    bool agreed =
+        !(state->driver_features & ~offered(transport)) && state->driver_features & VERSION_1;
 
     if (value == 0) {
         reset(transport);

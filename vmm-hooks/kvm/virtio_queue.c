@@ -14,7 +14,8 @@ void virtio_queue_reset(struct virtio_queue *queue)
     queue->state = (struct virtio_queue_state){.size = queue->size_max};
 }
 
-/* Where the rings are; NULL is not possible once the queue is ready, since RAM stays where it is. */
+/* Where the rings are; NULL is not possible once the queue is ready, since RAM stays where it is.
+ */
 static void *ring_at(const struct virtio_queue *queue, uint64_t ring, uint64_t offset,
                      uint64_t bytes)
 {
@@ -84,8 +85,7 @@ static bool add_buffer(const struct virtio_queue *queue, const struct vring_desc
     return true;
 }
 
-static bool read_chain(const struct virtio_queue *queue, uint16_t index,
-                       struct virtio_chain *chain)
+static bool read_chain(const struct virtio_queue *queue, uint16_t index, struct virtio_chain *chain)
 {
     struct vring_desc desc;
 

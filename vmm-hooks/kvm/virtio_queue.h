@@ -25,7 +25,8 @@ struct virtio_buffer {
     uint32_t bytes;
 };
 
-/* What the guest put into the queue in one piece: first what the device reads, then what it writes. */
+/* What the guest put into the queue in one piece: first what the device reads, then what it writes.
+ */
 struct virtio_chain {
     uint16_t head;
     uint16_t readable;
