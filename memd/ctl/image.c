@@ -20,6 +20,8 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include "needed.h"
+
 #define SCRIPT_LINE_CHARS 256 /* as many as the kernel looks at */
 #define SCRIPT_DEPTH      4
 
@@ -27,6 +29,7 @@ struct image {
     bool elf;
     bool native; /* our ELF class and machine */
     bool dynamic;
+    bool linked;                /* with libmemd */
     char interpreter[PATH_MAX]; /* the dynamic linker, or the one behind #! */
 };
 
@@ -123,6 +126,7 @@ static int read_elf(int fd, const Elf64_Ehdr *elf, struct image *image)
         if (error < 0)
             return error;
     }
+    image->linked = image->native && image->dynamic && ctl_needed_has(fd, elf, "libmemd.so");
     return 0;
 }
 
@@ -194,12 +198,13 @@ static void judge_elf(const char *path, const struct image *image, char reason[I
                  "the VMM has another C library than the agent: it can't be preloaded");
 }
 
-int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS])
+int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *ret_linked)
 {
     char current[PATH_MAX];
     struct image image = {0};
 
     reason[0] = '\0';
+    *ret_linked = false;
     snprintf(current, sizeof(current), "%s", path);
     for (int depth = 0; depth < SCRIPT_DEPTH; depth++) {
         int error = read_image(current, &image);
@@ -213,7 +218,9 @@ int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS])
         if (error < 0)
             return error;
         if (image.elf) {
-            judge_elf(current, &image, reason);
+            *ret_linked = image.linked;
+            if (!image.linked)
+                judge_elf(current, &image, reason);
             return 0;
         }
         snprintf(current, sizeof(current), "%s", image.interpreter);

@@ -2,7 +2,8 @@
 /*
  * memctl run: prepares, registers, then execs the VMM.
  *
- *   1. read the options; find the VMM; see whether the agent can be preloaded into it;
+ *   1. read the options; find the VMM; see whether it brings the agent (linked with libmemd), or
+ *      whether the agent can be preloaded into it;
  *   2. for QEMU, read its command line: how much RAM, and what of it can't be shared and why;
  *   3. register the guest with memd, which may refuse, or choose another engine;
  *   4. exec, with what was added to the command line and the environment.
@@ -59,7 +60,8 @@ struct run {
     char **vmm_argv; /* as the user wrote it */
     char *path;
     char *library; /* libmemd-preload.so */
-    bool preload;  /* the agent can go in; else: */
+    bool linked;   /* the VMM brings the agent itself: it is only told of memd */
+    bool agent;    /* there can be one; else: */
     char reason[IMAGE_REASON_CHARS + PATH_MAX];
     bool qemu;
     struct qemu_cmdline line;
@@ -130,16 +132,16 @@ static enum ctl_status find_vmm(struct run *run)
     run->vmm_argv = run->arguments->operands;
     error = ctl_image_find(run->vmm_argv[0], &run->path);
     if (error == 0)
-        error = ctl_image_inspect(run->path, reason);
+        error = ctl_image_inspect(run->path, reason, &run->linked);
     if (error < 0) {
         ctl_say("%s can't be started: %s", run->vmm_argv[0], strerror(-error));
         return CTL_FAILED;
     }
     if (reason[0])
         snprintf(run->reason, sizeof(run->reason), "%s", reason);
-    else
+    else if (!run->linked)
         find_library(run);
-    run->preload = !run->reason[0];
+    run->agent = !run->reason[0];
     return CTL_DONE;
 }
 
@@ -159,7 +161,7 @@ static void decide_about_ram(struct run *run)
         return;
     if (!run->line.keep_ram && !on_tmpfs(RAM_DIRECTORY))
         run->line.keep_ram = RAM_DIRECTORY " is no tmpfs that this user can write to";
-    run->put_ram = run->preload && !run->line.keep_ram;
+    run->put_ram = run->agent && !run->line.keep_ram;
     if (run->line.keep_ram)
         ctl_say(
             "%s: the RAM stays where QEMU puts it, and the guest can't be live-migrated by memd",
@@ -211,7 +213,7 @@ static enum ctl_status read_qemu(struct run *run)
         snprintf(run->reason, sizeof(run->reason), "mem-merge=off on QEMU's command line");
     if (!run->max_bytes)
         run->max_bytes = run->line.ram_bytes;
-    if (run->line.daemonizes && !run->preload)
+    if (run->line.daemonizes && !run->agent)
         ctl_say("-daemonize: without the agent memd loses sight of this guest");
     decide_about_ram(run);
     choose_qmp(run);
@@ -259,7 +261,7 @@ static json_t *make_registration(const struct run *run)
     const char *domain = run->arguments->value[RUN_DOMAIN];
     json_t *body = json_pack("{s:s, s:I, s:s, s:s, s:s, s:I}", "name",
                              run->arguments->value[RUN_NAME], "pid", (json_int_t)getpid(), "vmm",
-                             vmm_name(run, name), "engine", run->preload ? "agent" : "kernel",
+                             vmm_name(run, name), "engine", run->agent ? "agent" : "kernel",
                              "reason", run->reason, "max_bytes", (json_int_t)run->max_bytes);
 
     if (run->arguments->value[RUN_MIN])
@@ -303,11 +305,17 @@ __attribute__((format(printf, 2, 3))) static bool add_environment(struct run *ru
     return chars >= 0;
 }
 
-static bool add_agent(struct run *run, const char *socket, const char *token)
+static bool add_library(struct run *run)
 {
     const char *others = getenv("LD_PRELOAD");
-    bool fits = add_environment(run, "LD_PRELOAD=%s%s%s", run->library, others ? ":" : "",
-                                others ? others : "") &&
+
+    return add_environment(run, "LD_PRELOAD=%s%s%s", run->library, others ? ":" : "",
+                           others ? others : "");
+}
+
+static bool add_agent(struct run *run, const char *socket, const char *token)
+{
+    bool fits = (run->linked || add_library(run)) &&
                 add_environment(run, "MEMD_AGENT_SOCKET=%s", socket) &&
                 add_environment(run, "MEMD_TOKEN=%s", token);
 
@@ -364,11 +372,11 @@ static enum ctl_status register_and_start(struct run *run)
     json_t *answer = NULL;
     enum ctl_status status = register_guest(run, &answer);
     const char *engine = ctl_json_text(answer, "engine");
-    bool agent = run->preload && strcmp(engine, "agent") == 0;
+    bool agent = run->agent && strcmp(engine, "agent") == 0;
 
     if (status != CTL_DONE)
         return status;
-    if (run->preload && !agent)
+    if (run->agent && !agent)
         ctl_say("memd uses no agents on this host: the guest is started without one");
     status =
         prepare(run, agent, ctl_json_text(answer, "agent_socket"), ctl_json_text(answer, "token"));
@@ -428,8 +436,8 @@ static json_t *json_strings(char *const *strings, size_t count)
 static void print_command_json(const struct run *run)
 {
     json_t *object =
-        json_pack("{s:s, s:s, s:I, s:o, s:o}", "engine", run->preload ? "agent" : "kernel",
-                  "reason", run->reason, "max_bytes", (json_int_t)run->max_bytes, "environment",
+        json_pack("{s:s, s:s, s:I, s:o, s:o}", "engine", run->agent ? "agent" : "kernel", "reason",
+                  run->reason, "max_bytes", (json_int_t)run->max_bytes, "environment",
                   json_strings(run->environment, run->environment_count), "command",
                   json_strings(run->argv, SIZE_MAX));
 
@@ -443,7 +451,7 @@ static enum ctl_status dry_run(struct run *run)
     enum ctl_status status;
 
     snprintf(socket, sizeof(socket), "%s.agent", run->arguments->socket);
-    status = prepare(run, run->preload, socket, "GIVEN_BY_MEMD");
+    status = prepare(run, run->agent, socket, "GIVEN_BY_MEMD");
     if (status != CTL_DONE)
         return status;
     if (run->arguments->json)
@@ -478,7 +486,7 @@ enum ctl_status ctl_run_run(const struct ctl_arguments *arguments)
         status = find_vmm(&run);
     if (status == CTL_DONE)
         status = read_vmm(&run);
-    if (status == CTL_DONE && !run.preload)
+    if (status == CTL_DONE && !run.agent)
         ctl_say("%s", run.reason);
     if (status == CTL_DONE)
         status = arguments->value[RUN_DRY_RUN] ? dry_run(&run) : register_and_start(&run);

@@ -108,9 +108,10 @@ Test(ctl_output, members_that_are_not_there_or_of_another_kind)
 Test(ctl_image, what_can_not_be_started)
 {
     char *path, reason[IMAGE_REASON_CHARS];
+    bool linked;
 
     cr_expect(ctl_image_find("no.such.program.anywhere", &path) == -ENOENT);
     cr_expect(ctl_image_find("/etc/passwd", &path) == -EACCES);
     cr_expect(ctl_image_find("/tmp", &path) == -EACCES);
-    cr_expect(ctl_image_inspect("/etc/passwd", reason) == -ENOEXEC);
+    cr_expect(ctl_image_inspect("/etc/passwd", reason, &linked) == -ENOEXEC);
 }

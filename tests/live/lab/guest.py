@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QEMU guest: its process, its console and what its workload says."""
+"""One guest, of QEMU or memvm: its process, its console and what its workload says."""
 import itertools
 import os
 import signal
@@ -77,6 +77,27 @@ class Console:
                 raise Failure(f"the VMM ended while {what} was awaited")
             return None
         return wait_for(what, look, seconds, 0.05)
+
+
+class PipeConsole(Console):
+    """memvm's serial port: what the guest says is in the log, what we say goes to its standard input."""
+
+    def __init__(self, directory, name, alive, pipe):
+        super().__init__(directory, name, alive)
+        self._pipe = pipe
+
+    def send(self, text):
+        try:
+            self._pipe.write(text.encode())
+            self._pipe.flush()
+        except BrokenPipeError:
+            raise Failure("the VMM has ended, and takes no command") from None
+
+    def close(self):
+        try:
+            self._pipe.close()
+        except BrokenPipeError:
+            pass
 
 
 def fields(line):
@@ -163,6 +184,37 @@ class Guest:
         return machine.pss_bytes([self.pid])
 
 
+class MemvmGuest(Guest):
+    """The bare guest in memvm, made by Lab.start_memvm(). It says and understands the same."""
+
+    def __init__(self, name, process, directory, stderr_path):
+        super().__init__(name, process, directory, stderr_path)
+        self.console = PipeConsole(directory, name, self.is_alive, process.stdin)
+
+    def figure(self, name):
+        """The latest that its `verified` line says of it ('hot-writes', 'flips', 'given-up', ...)."""
+        told = [fields(line) for line in self.console.lines() if line.startswith(SAYS + "verified")]
+        return int(told[-1][name]) if told else 0
+
+    def vcpu_threads(self):
+        """The ids of its vCPUs' threads."""
+        return [tid for tid in machine.threads(self.pid) if machine.thread_name(self.pid, tid).startswith("vcpu")]
+
+    def stop(self, seconds=60):
+        """The guest ends its machine; raises when that fails, or a byte was wrong."""
+        self.console.send("stop s\n")
+        status = self.process.wait(seconds)
+        if status != 0 or self.corruption():
+            raise Failure(f"guest {self.name}: memvm ended with {status}: {self.corruption()} {self.stderr()[-400:]!r}")
+
+    def save(self, seconds=60):
+        """memvm (started with save=) writes the machine into its file and ends."""
+        self.process.terminate()
+        status = self.process.wait(seconds)
+        if status != 0:
+            raise Failure(f"guest {self.name}: saving it failed: {self.stderr()[-400:]!r}")
+
+
 def memory_options(regions):
     return " ".join(f"memd.{name}={value}" for name, value in regions.items())
 
@@ -181,3 +233,13 @@ def qemu_command(kernel, initramfs, accel, name, directory, memory, append, devi
             "-append", append,
             "-chardev", f"socket,id=console,path={console},server=on,wait=off,logfile={log}",
             "-serial", "chardev:console", *devices]
+
+
+def memvm_command(name, directory, memory, cpus, regions, save=None, load=None):
+    """memvm with its serial port in a log; a new machine with the bare guest, or a saved one."""
+    log = os.path.join(directory, f"{name}.log")
+    command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else [])]
+    if load:
+        return [*command, "--load", load]
+    return [*command, "--memory", memory, "--cpus", str(cpus), machine.program("bare-guest"),
+            *(f"{key}={value}" for key, value in regions.items())]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laboratory: one directory, one memd, some guests, and the certainty that they end."""
+import functools
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ import tempfile
 
 from . import api, machine
 from .errors import Failure, Skip, wait_for
-from .guest import Guest, memory_options, qemu_command
+from .guest import Guest, MemvmGuest, memory_options, memvm_command, qemu_command
 
 __all__ = ["Lab", "Failure", "Skip", "wait_for"]
 
@@ -30,8 +31,14 @@ class Lab:
         self._outlive = outlive
         self._processes = []
         machine.needs_build()
-        self._files = machine.guest_files()
-        self.accelerator = machine.accelerator(self._files)
+
+    @functools.cached_property
+    def _files(self):
+        return machine.guest_files()
+
+    @property
+    def accelerator(self):
+        return machine.accelerator(self._files)
 
     def __enter__(self):
         return self
@@ -66,7 +73,7 @@ class Lab:
 
     # ---- processes ----
 
-    def spawn(self, command, log, over=None, death="KILL"):
+    def spawn(self, command, log, over=None, death="KILL", stdin=subprocess.DEVNULL):
         """Starts a program that dies with us (unless it is to outlive us); its words go to `log`.
         death: the signal that it gets when we are gone without having ended it.
         over: {'/proc/...': 'text'}, files that only this program sees with another content (a mount
@@ -75,7 +82,7 @@ class Lab:
         if not self._outlive:
             wrapper += ["setpriv", "--pdeathsig", death]
         with open(os.path.join(self.directory, log), "a") as out:
-            process = subprocess.Popen(wrapper + command, stdin=subprocess.DEVNULL, stdout=out,
+            process = subprocess.Popen(wrapper + command, stdin=stdin, stdout=out,
                                        stderr=out, start_new_session=True)
         self._processes.append(process)
         return process
@@ -207,6 +214,21 @@ class Lab:
             command = [memctl, "--socket", self.socket, "run", *options, "--", *command]
         process = self.spawn(command, f"{name}.stderr", over)
         guest = Guest(name, process, directory, os.path.join(self.directory, f"{name}.stderr"))
+        self.guests[name] = guest
+        return guest
+
+    def start_memvm(self, name, memory="16M", cpus=1, domain=None, plain=False, run_options=(), save=None,
+                    load=None, seed=None, **regions):
+        """Boots the bare guest in memvm under `memctl run` (or, when plain, without memd at all); load: goes
+        on with a machine that was saved. regions: sizes of what its memory holds (common="4M"), and its
+        options (duty=20). Returns at once."""
+        regions["seed"] = seed if seed is not None else len(self.guests) + 1
+        command = memvm_command(name, self.directory, memory, cpus, regions, save, load)
+        if not plain:
+            options = ["--name", name, "--max", memory, *(["--domain", domain] if domain else []), *run_options]
+            command = [machine.program("memctl"), "--socket", self.socket, "run", *options, "--", *command]
+        process = self.spawn(command, f"{name}.stderr", stdin=subprocess.PIPE)
+        guest = MemvmGuest(name, process, self.directory, os.path.join(self.directory, f"{name}.stderr"))
         self.guests[name] = guest
         return guest
 

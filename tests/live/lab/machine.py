@@ -72,6 +72,23 @@ def accelerator(files):
     return os.environ["MEMD_ACCEL"]
 
 
+@functools.lru_cache
+def memvm_obstacle():
+    """Why memvm can't run its guest on this host; '' when it can. Tried by booting."""
+    if not os.path.exists(program("memvm")):
+        return "memvm was not built (it is for x86-64)"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "no /dev/kvm that can be used"
+    with tempfile.NamedTemporaryFile() as out:
+        memvm = subprocess.Popen([program("memvm"), program("bare-guest"), "common=64K"],
+                                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            return "" if _says_ready(memvm, out.name) else "/dev/kvm is there, but memvm's guest does not run under it"
+        finally:
+            memvm.kill()
+            memvm.wait()
+
+
 # Without one of these no agent can share; names of `memctl doctor`.
 AGENT_NEEDS = ("userfaultfd", "userfaultfd features", "UFFDIO_MOVE", "PAGEMAP_SCAN")
 
@@ -114,6 +131,21 @@ def cpu_seconds(pid):
 def vmas(pid):
     with open(f"/proc/{pid}/maps") as file:
         return sum(1 for _ in file)
+
+
+def threads(pid):
+    try:
+        return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError:
+        return []
+
+
+def thread_name(pid, tid):
+    try:
+        with open(f"/proc/{pid}/task/{tid}/comm") as file:
+            return file.read().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def maps_library(pid, name):

@@ -8,7 +8,7 @@ from .errors import Skip
 
 TESTS = []
 FULL = os.environ.get("MEMD_FULL") == "1"
-AGENT, KERNEL_ENGINE = "agent", "kernel_engine"
+AGENT, KERNEL_ENGINE, MEMVM = "agent", "kernel_engine", "memvm"
 
 
 class HungTest(Exception):
@@ -26,7 +26,7 @@ class LiveTest:
 
 
 def live_test(needs=(), limit_minutes=5, full_minutes=None):
-    """Marks a function as a test. needs: what of AGENT, KERNEL_ENGINE the machine must have."""
+    """Marks a function as a test. needs: what of AGENT, KERNEL_ENGINE, MEMVM the machine must have."""
     def mark(function):
         @functools.wraps(function)
         def checked():
@@ -50,7 +50,12 @@ def needs_kernel_engine():
         raise Skip("/sys/kernel/mm/ksm can't be written: no kernel KSM here")
 
 
-_NEEDS = {AGENT: needs_agent, KERNEL_ENGINE: needs_kernel_engine}
+def needs_memvm():
+    if machine.memvm_obstacle():
+        raise Skip(f"no guest under memvm: {machine.memvm_obstacle()}")
+
+
+_NEEDS = {AGENT: needs_agent, KERNEL_ENGINE: needs_kernel_engine, MEMVM: needs_memvm}
 
 
 def short_or_full(short, full):

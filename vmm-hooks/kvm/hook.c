@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * How a VMM links memd. This file is all that memvm needed for it:
+ *
+ *   1. memd_attach(), with what memctl run left in the environment, before anything of the guest's
+ *      runs and before a sandbox closes;
+ *   2. memd_ram_add() for each piece of guest RAM, before it is filled: then the agent may map it
+ *      anew (MEMD_RAM_FRESH), in the way that keeps its number of mappings low;
+ *   3. memd_ram_discard() wherever the VMM would have called madvise(MADV_DONTNEED) on guest RAM;
+ *   4. hooks: stop the vCPUs and let them run; whether something holds pages in a way that the
+ *      kernel does not know of.
+ *
+ * A VMM that takes RAM away calls memd_ram_remove() first, and one that lives on without its guest
+ * memd_detach(); memvm does neither, its end is the guest's.
+ *
+ * If memd_attach() fails, or memd goes away later, the guest runs on. Nothing here is a reason to
+ * stop it.
+ */
+#include "hook.h"
+
+#include <memd/memd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "machine.h"
+
+static int on_pause(void *opaque)
+{
+    return machine_pause(opaque);
+}
+
+static int on_resume(void *opaque)
+{
+    machine_resume(opaque);
+    return 0;
+}
+
+/* Devices touch guest memory from the vCPUs' threads only, through this process's own page table,
+ * and keep no address: what is in use is what the kernel sees. */
+static int on_pinned(void *opaque, const void *addr, size_t bytes)
+{
+    (void)opaque;
+    (void)addr;
+    (void)bytes;
+    return 0;
+}
+
+static void complain(const char *what, int error)
+{
+    fprintf(stderr, "memvm: %s: %s; the guest runs without memd\n", what, strerror(-error));
+}
+
+void hook_attach(struct machine *machine)
+{
+    static const struct memd_ops ops = {
+        .size = sizeof(ops), .pause = on_pause, .resume = on_resume, .pinned = on_pinned};
+    struct memd_options options = {
+        .size = sizeof(options),
+        .socket = getenv("MEMD_AGENT_SOCKET"),
+        .token = getenv("MEMD_TOKEN"),
+        .vmm = "memvm",
+        .ops = &ops,
+        .opaque = machine,
+    };
+    int r;
+
+    if (!options.socket || !options.token)
+        return; /* nobody asked for memd */
+    r = memd_attach(&options, &machine->memd);
+    if (r < 0) {
+        machine->memd = NULL;
+        complain("memd_attach", r);
+        return;
+    }
+    r = memd_ram_add(machine->memd, machine->memory.base, machine->memory.bytes, MEMD_RAM_FRESH);
+    if (r < 0)
+        complain("memd_ram_add", r);
+}
+
+void hook_discard(struct machine *machine, void *at, size_t bytes)
+{
+    int r = machine->memd ? memd_ram_discard(machine->memd, at, bytes)
+                          : madvise(at, bytes, MADV_DONTNEED);
+
+    /* A guest that gave pages up counts on their being empty. */
+    if (r < 0)
+        memset(at, 0, bytes);
+}

@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Everything that memvm has to do with memd: see hook.c. */
+#ifndef MEMVM_HOOK_H
+#define MEMVM_HOOK_H
+
+#include <stddef.h>
+
+struct machine;
+
+/* Attaches to memd where the environment says so, and registers guest RAM, which must be empty
+ * yet. Never fails: without memd the guest runs as it would have, and standard error says why. */
+void hook_attach(struct machine *machine);
+
+/* These pages of guest RAM (whole ones) are empty from now on. Any thread. */
+void hook_discard(struct machine *machine, void *at, size_t bytes);
+
+#endif

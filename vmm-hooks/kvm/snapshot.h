@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The whole machine in a file: see snapshot.c. */
+#ifndef MEMVM_SNAPSHOT_H
+#define MEMVM_SNAPSHOT_H
+
+#include "machine.h"
+
+/* Writes the machine, which must be paused, into a new file at `path`; an older one is replaced
+ * only when all is written. 0 or -errno; says why. */
+int snapshot_save(struct machine *machine, const char *path);
+
+struct snapshot {
+    int fd;
+    uint64_t memory_bytes;
+    uint32_t cpus;
+};
+
+/* First half of loading: what kind of machine is in the file. 0 or -errno; says why. */
+int snapshot_open(const char *path, struct snapshot *ret_snapshot);
+
+/* Second half: into a machine of that kind that was never started. Closes the file. 0 or -errno;
+ * says why. */
+int snapshot_load(struct snapshot *snapshot, struct machine *machine);
+
+#endif
