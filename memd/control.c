@@ -37,6 +37,7 @@ struct control {
     struct daemon *daemon;
     struct server main, metrics;
     struct loop_timer second;
+    bool keeps_time; /* `second` is set */
     char metrics_listen[CONFIG_WORD_BYTES]; /* where it does listen; "": nowhere */
     struct request *requests;
     gid_t group; /* memd; (gid_t)-1: this host has none */
@@ -709,12 +710,27 @@ static void completed(void *cls, struct MHD_Connection *connection, void **conte
 
 /* ---- the servers ---- */
 
+static void keep_time(struct control *control)
+{
+    if (control->keeps_time)
+        return;
+    control->keeps_time = true;
+    loop_timer_set(&control->daemon->loop, &control->second, NS_PER_S);
+}
+
+static bool has_connections(const struct server *server)
+{
+    return server->mhd &&
+           MHD_get_daemon_info(server->mhd, MHD_DAEMON_INFO_CURRENT_CONNECTIONS)->num_connections;
+}
+
 static void serve(struct loop_watch *watch, uint32_t events)
 {
     struct server *server = watch->owner;
 
     (void)events;
     MHD_run(server->mhd);
+    keep_time(server->control);
 }
 
 /* Owns listener, also on failure. */
@@ -838,7 +854,7 @@ void control_reload(struct daemon *daemon)
     (void)start_metrics(control);
 }
 
-/* Lets libmicrohttpd look at its timeouts, and ours pass. */
+/* Lets libmicrohttpd look at its timeouts, and ours pass, while anybody is connected. */
 static void every_second(struct loop_timer *timer)
 {
     struct control *control = timer->owner;
@@ -853,7 +869,9 @@ static void every_second(struct loop_timer *timer)
     MHD_run(control->main.mhd);
     if (control->metrics.mhd)
         MHD_run(control->metrics.mhd);
-    loop_timer_set(&control->daemon->loop, timer, NS_PER_S);
+    control->keeps_time = false;
+    if (control->requests || has_connections(&control->main) || has_connections(&control->metrics))
+        keep_time(control);
 }
 
 int control_start(struct daemon *daemon)
@@ -881,7 +899,6 @@ int control_start(struct daemon *daemon)
         control_stop(daemon);
         return result;
     }
-    loop_timer_set(&daemon->loop, &control->second, NS_PER_S);
     return 0;
 }
 

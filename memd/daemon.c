@@ -159,25 +159,26 @@ static void say_what_waits(const struct config *config)
             "[migration] is set, but this version of memd migrates nothing yet: it has no effect");
 }
 
-static void every_second(struct loop_timer *timer)
+/* ksmd is steered once a second; while it isn't ours, it is enough to look now and then. */
+static void steer(struct loop_timer *timer)
 {
     struct daemon *daemon = timer->owner;
 
     kernel_ksm_tick(&daemon->kernel_ksm, loop_now(&daemon->loop));
-    loop_timer_set(&daemon->loop, timer, NS_PER_S);
+    loop_timer_set(&daemon->loop, timer, (daemon->kernel_ksm.running ? 1 : 5) * NS_PER_S);
 }
 
 static int start_clock(struct daemon *daemon)
 {
-    daemon->second = (struct loop_timer){.expired = every_second, .owner = daemon};
-    loop_timer_set(&daemon->loop, &daemon->second, NS_PER_S);
+    daemon->steering = (struct loop_timer){.expired = steer, .owner = daemon};
+    loop_timer_set(&daemon->loop, &daemon->steering, NS_PER_S);
     say_what_waits(&daemon->config);
     return 0;
 }
 
 static void stop_clock(struct daemon *daemon)
 {
-    loop_timer_cancel(&daemon->loop, &daemon->second);
+    loop_timer_cancel(&daemon->loop, &daemon->steering);
 }
 
 /* ---- signals ---- */

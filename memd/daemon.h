@@ -22,7 +22,7 @@ struct daemon {
     char config_path[CONFIG_WORD_BYTES]; /* "": no file, all defaults */
     struct loop loop;
     struct loop_watch signals;
-    struct loop_timer second;
+    struct loop_timer steering;
     int state_dir, state_lock;
     uint64_t started_ns;
     struct events events;
