@@ -2,6 +2,7 @@
 /* Things that cross on their way, and claims that cost nothing to make: what the simulation found.
  */
 #include <criterion/criterion.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -144,6 +145,30 @@ Test(host_crossed, dropped_by_who_still_shares_takes_no_slot_away)
     write_all(&fakes[1]); /* BROKEN, for slots that must be there */
     fake_bell(&fakes[1]);
     UNTIL(&world, fakes, 1, !domain->store.first);
+    clean_up(&world, fakes);
+}
+
+/* memd does not take the segment back, and by the time that the agent hears of it the guest has
+ * written to pages that memd has not heard of either. */
+Test(host_crossed, shares_end_that_were_not_taken_back)
+{
+    struct world world;
+    struct fake fakes[2];
+
+    share(&world, fakes);
+    fake_disconnect(&fakes[1]);
+    UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
+    close(fakes[1].segments[0]);
+    fakes[1].segments[0] = open("/dev/null", O_RDWR | O_CLOEXEC);
+    come_back_with_segments(&fakes[1], &world);
+    fakes[1].answers = false;
+    UNTIL(&world, fakes, 1, agents_is_leaving(fakes[1].guest->session));
+    write_all(&fakes[1]);
+    fake_bell(&fakes[1]);
+    UNTIL(&world, fakes, 1, fakes[1].ring->to_memd.tail == fakes[1].own_head);
+    fakes[1].answers = true;
+    UNTIL(&world, fakes, 2, fakes[1].detach_came && fakes[1].ended);
+    cr_assert_eq(world.daemon.agents.ended_badly, 0);
     clean_up(&world, fakes);
 }
 
