@@ -139,6 +139,8 @@ static void can_write(struct loop_watch *watch, uint32_t events)
 
 static void mark_lie(struct session *session, const char *lie)
 {
+    if (session->state == SESSION_OVER)
+        return; /* its member is still spoken to until it has left */
     if (!session->lie[0])
         snprintf(session->lie, sizeof(session->lie), "%s", lie);
     session_wake(session);

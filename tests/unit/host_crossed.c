@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "host_world.h"
@@ -170,6 +171,42 @@ Test(host_crossed, shares_end_that_were_not_taken_back)
     UNTIL(&world, fakes, 2, fakes[1].detach_came && fakes[1].ended);
     cr_assert_eq(world.daemon.agents.ended_badly, 0);
     clean_up(&world, fakes);
+}
+
+/* As many descriptors as are open now, and not one more. */
+static struct rlimit stop_descriptors(void)
+{
+    struct rlimit before, none;
+    int next = dup(0);
+
+    close(next);
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &before), 0);
+    none = before;
+    none.rlim_cur = (rlim_t)next;
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &none), 0);
+    return before;
+}
+
+Test(host_crossed, an_agent_that_there_is_no_descriptor_for_may_come_again)
+{
+    struct world world;
+    struct fake fake;
+    struct guest *guest;
+    struct rlimit before;
+
+    world_start(&world, "");
+    guest = world_register(&world, "a", NULL);
+    fake_connect(&fake, &world, guest->token);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 1);
+    before = stop_descriptors();
+    cr_assert_not(fake_hello(&fake, false));
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &before), 0);
+    fake_close(&fake);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 0);
+    fake_connect(&fake, &world, guest->token);
+    cr_assert(fake_hello(&fake, false));
+    fake_close(&fake);
+    world_stop(&world);
 }
 
 /* Leaving it page by page would take 32768 turns, and 1.2 GB of page tables. */
