@@ -202,7 +202,6 @@ static int enter(struct session *session, struct guest *guest, const struct mess
         daemon->config.engine == SHARING_AGENT ? hello->features & FEATURE_SHARE : 0;
     if (session->features)
         daemon->agents.sharing++;
-    session->guest = guest;
     adopt_threads(session, hello);
     session->state = hello->held ? SESSION_HOLDING : SESSION_SERVING;
     loop_timer_cancel(&daemon->loop, &session->greeting);
@@ -241,6 +240,7 @@ static int handle_hello(struct session *session, const void *message, int *fds, 
     result = registry_agent_came(guest, session, session->pid, session->uid);
     if (result)
         return refuse(session, -result, "the agent's process can't be watched");
+    session->guest = guest; /* each knows the other from here on: the session may end at any time */
     result = enter(session, guest, hello);
     if (result)
         return result;

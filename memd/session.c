@@ -139,6 +139,8 @@ static void can_write(struct loop_watch *watch, uint32_t events)
 
 static void mark_lie(struct session *session, const char *lie)
 {
+    if (session->state == SESSION_OVER)
+        return; /* its member is still spoken to until it has left */
     if (!session->lie[0])
         snprintf(session->lie, sizeof(session->lie), "%s", lie);
     session_wake(session);
@@ -310,7 +312,9 @@ static const struct {
     [RING_STALE] = {"STALE", ANY_STATE, 0, take_stale},
     [RING_MERGED] = {"MERGED", ANY_STATE, 0, take_merged},
     [RING_NOT_MERGED] = {"NOT_MERGED", ANY_STATE, 0, take_not_merged},
-    [RING_BROKEN] = {"BROKEN", ANY_STATE, 0, take_broken},
+    /* Of an agent that leaves HAVE was not heard either; whatever it shares ends when it has left.
+     */
+    [RING_BROKEN] = {"BROKEN", ANY_STATE, IN_STATE(SESSION_LEAVING), take_broken},
     [RING_HAVE] = {"HAVE", IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING),
                    IN_STATE(SESSION_LEAVING), take_have},
     [RING_PASS] = {"PASS", ANY_STATE, IN_STATE(SESSION_LEAVING), take_pass},
@@ -336,12 +340,13 @@ static int take_entry(struct session *session, struct ring_entry entry)
     return result;
 }
 
-/* A bounded number of entries; true when there are more. The clock is read here because one entry
- * may cost a hash of a page or nothing: other agents shall not wait for the sum. */
-static bool read_ring(struct session *session)
+/* A bounded number of entries, none from `head` on; true when there are more. The clock is read
+ * here because one entry may cost a hash of a page or nothing: other agents shall not wait for the
+ * sum. */
+static bool read_ring(struct session *session, uint32_t head)
 {
     struct ring_queue *queue = &session->ring->to_memd;
-    uint32_t filled = ring_filled(queue, session->own_tail);
+    uint32_t filled = head - session->own_tail;
     uint64_t start = host_clock_ns();
 
     if (filled > RING_ENTRIES) {
@@ -391,8 +396,6 @@ static uint32_t collect_fds(struct msghdr *header, int *fds)
     return count;
 }
 
-/* The ring and the socket are two ways, and nothing says which is read first: what the agent wrote
- * before this message is read before it. */
 static void put_off(struct session *session, const struct session_message *known,
                     const uint8_t *message)
 {
@@ -400,12 +403,6 @@ static void put_off(struct session *session, const struct session_message *known
     memcpy(&session->late_message, message, known->bytes);
     session->late_head = __atomic_load_n(&session->ring->to_memd.head, __ATOMIC_ACQUIRE);
     session->ring_ready = true;
-}
-
-static bool is_late_no_more(const struct session *session)
-{
-    return session->late &&
-           (!session->ring_ready || (int32_t)(session->own_tail - session->late_head) >= 0);
 }
 
 static int take_late(struct session *session)
@@ -489,15 +486,37 @@ static int read_socket(struct session *session)
 
 /* ---- a step ---- */
 
+static uint32_t head_of(const struct session *session)
+{
+    return session->ring ? __atomic_load_n(&session->ring->to_memd.head, __ATOMIC_ACQUIRE) : 0;
+}
+
+/* What comes in. The ring and the socket are two ways, and what an entry relies on was said in a
+ * message before it was written. So an entry is read when it was there before the socket was found
+ * empty; and a message that is for after the ring waits, with all that follow, for the entries
+ * before it. */
+static int read_both(struct session *session)
+{
+    uint32_t head = head_of(session);
+    int result = session->socket_ready && !session->late ? read_socket(session) : 0;
+
+    if (result || session->lie[0] || !session->ring)
+        return result;
+    if (session->late)
+        head = session->late_head;
+    if (session->ring_ready && (session->late || !session->socket_ready))
+        session->ring_ready = read_ring(session, head);
+    if (session->late && !session->lie[0] &&
+        (!session->ring_ready || session->own_tail == session->late_head))
+        return take_late(session);
+    return 0;
+}
+
 static bool step(struct loop_task *task)
 {
     struct session *session = task->owner;
-    int result = session->socket_ready ? read_socket(session) : 0;
+    int result = read_both(session);
 
-    if (!result && !session->lie[0] && session->ring_ready && session->ring)
-        session->ring_ready = read_ring(session);
-    if (!result && !session->lie[0] && is_late_no_more(session))
-        result = take_late(session);
     if (result == -EPIPE && session->detached) {
         agents_detached(session);
         return false;

@@ -26,20 +26,26 @@ static uint64_t steps(void)
     return from_environment("MEMD_STEPS", getenv("MEMD_FULL") ? FULL_STEPS : SHORT_STEPS);
 }
 
+/* The walk's end, in figures: a walk in which nothing happens proves nothing. */
+static void say_figures(void)
+{
+    fprintf(stderr,
+            "seed %" PRIu64 ": %" PRIu64 " steps, %" PRIu64 " turns, %u guests, %" PRIu64
+            " wanted, %" PRIu64 " merged, %" PRIu64 " remapped, %" PRIu64 " dropped, %" PRIu64
+            " mismatched, %" PRIu64 " lies, %" PRIu64 " sessions lost, %u rests, trace %016" PRIx64
+            "\n",
+            sim.options.seed, sim.steps, sim.turns, sim.vmm_count, sim.wanted, sim.merged,
+            sim.remapped, sim.dropped, sim.mismatched, sim.lies, sim.sessions_lost, sim.rests,
+            sim.trace);
+}
+
 static void walk(struct sim_options options, uint64_t steps)
 {
     options.seed = from_environment("MEMD_SEED", options.seed);
     options.verbose = getenv("MEMD_TEST_LOG") != NULL;
     sim_start(&sim, &options);
     sim_walk(&sim, steps);
-    if (getenv("MEMD_SIM_FIGURES"))
-        fprintf(
-            stderr,
-            "seed %" PRIu64 ": %" PRIu64 " steps, %" PRIu64 " turns, %" PRIu64 " wanted, %" PRIu64
-            " merged, %" PRIu64 " remapped, %" PRIu64 " dropped, %" PRIu64 " mismatched, %" PRIu64
-            " lies, %" PRIu64 " sessions lost, %u guests, %u rests, trace %016" PRIx64 "\n",
-            options.seed, sim.steps, sim.turns, sim.wanted, sim.merged, sim.remapped, sim.dropped,
-            sim.mismatched, sim.lies, sim.sessions_lost, sim.vmm_count, sim.rests, sim.trace);
+    say_figures();
     sim_stop(&sim);
     cr_assert_eq(sim.wrong[0], 0, "%s (MEMD_SEED=%" PRIu64 " repeats it)", sim.wrong, options.seed);
     cr_assert_gt(sim.merged, 0);
@@ -64,4 +70,26 @@ Test(sim, liars_among_the_honest)
 Test(sim, contents_that_differ_have_one_hash)
 {
     walk((struct sim_options){.seed = 4, .liars = true, .weak_hashes = true}, steps());
+}
+
+Test(sim, shares_move_to_other_segments)
+{
+    walk((struct sim_options){.seed = 5, .slow = true}, steps());
+    cr_assert_gt(sim.remapped, 0);
+}
+
+Test(sim, a_seed_that_does_not_repeat_its_walk)
+{
+    struct sim_options options = {.seed = 6, .liars = true, .restarts = true};
+    uint64_t trace;
+
+    walk(options, 4000);
+    trace = sim.trace;
+    walk(options, 4000);
+    cr_assert_eq(sim.trace, trace);
+    options.seed = sim.options.seed + 1;
+    sim_start(&sim, &options);
+    sim_walk(&sim, 4000);
+    sim_stop(&sim);
+    cr_assert_neq(sim.trace, trace);
 }

@@ -2,8 +2,10 @@
 /* Things that cross on their way, and claims that cost nothing to make: what the simulation found.
  */
 #include <criterion/criterion.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "host_world.h"
@@ -145,6 +147,66 @@ Test(host_crossed, dropped_by_who_still_shares_takes_no_slot_away)
     fake_bell(&fakes[1]);
     UNTIL(&world, fakes, 1, !domain->store.first);
     clean_up(&world, fakes);
+}
+
+/* memd does not take the segment back, and by the time that the agent hears of it the guest has
+ * written to pages that memd has not heard of either. */
+Test(host_crossed, shares_end_that_were_not_taken_back)
+{
+    struct world world;
+    struct fake fakes[2];
+
+    share(&world, fakes);
+    fake_disconnect(&fakes[1]);
+    UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
+    close(fakes[1].segments[0]);
+    fakes[1].segments[0] = open("/dev/null", O_RDWR | O_CLOEXEC);
+    come_back_with_segments(&fakes[1], &world);
+    fakes[1].answers = false;
+    UNTIL(&world, fakes, 1, agents_is_leaving(fakes[1].guest->session));
+    write_all(&fakes[1]);
+    fake_bell(&fakes[1]);
+    UNTIL(&world, fakes, 1, fakes[1].ring->to_memd.tail == fakes[1].own_head);
+    fakes[1].answers = true;
+    UNTIL(&world, fakes, 2, fakes[1].detach_came && fakes[1].ended);
+    cr_assert_eq(world.daemon.agents.ended_badly, 0);
+    clean_up(&world, fakes);
+}
+
+/* As many descriptors as are open now, and not one more. */
+static struct rlimit stop_descriptors(void)
+{
+    struct rlimit before, none;
+    int next = dup(0);
+
+    close(next);
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &before), 0);
+    none = before;
+    none.rlim_cur = (rlim_t)next;
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &none), 0);
+    return before;
+}
+
+Test(host_crossed, an_agent_that_there_is_no_descriptor_for_may_come_again)
+{
+    struct world world;
+    struct fake fake;
+    struct guest *guest;
+    struct rlimit before;
+
+    world_start(&world, "");
+    guest = world_register(&world, "a", NULL);
+    fake_connect(&fake, &world, guest->token);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 1);
+    before = stop_descriptors();
+    cr_assert_not(fake_hello(&fake, false));
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &before), 0);
+    fake_close(&fake);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 0);
+    fake_connect(&fake, &world, guest->token);
+    cr_assert(fake_hello(&fake, false));
+    fake_close(&fake);
+    world_stop(&world);
 }
 
 /* Leaving it page by page would take 32768 turns, and 1.2 GB of page tables. */

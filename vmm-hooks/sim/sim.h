@@ -111,6 +111,7 @@ struct sim_options {
     bool liars;
     bool weak_hashes; /* different contents collide all the time */
     bool restarts;    /* memd is stopped and started again */
+    bool slow;        /* so much time between two things that many small segments come about */
     bool verbose;
 };
 

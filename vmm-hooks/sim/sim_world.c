@@ -10,16 +10,17 @@
 #include "log.h"
 #include "sim.h"
 
-#define NS_PER_MS    1000000ULL
-#define NS_PER_S     1000000000ULL
-#define FIRST_UID    5000U
-#define GRACE_S      2U
-#define REST_TURNS   20000U
-#define REST_EVERY   2500U /* steps */
-#define CLEAR_EVERY  5U    /* rests */
-#define TABLES_EVERY 500U  /* steps */
-#define CONTENTS     24U   /* so few that most of them are there twice */
-#define TRACE_PRIME  0x100000001b3ULL
+#define NS_PER_MS     1000000ULL
+#define NS_PER_S      1000000000ULL
+#define FIRST_UID     5000U
+#define GRACE_S       2U
+#define REST_TURNS    20000U
+#define REST_EVERY    2500U /* steps */
+#define CLEAR_EVERY   5U    /* rests */
+#define TABLES_EVERY  500U  /* steps */
+#define CONTENTS      24U   /* so few that most of them are there twice */
+#define CONTENTS_SLOW 2000U
+#define TRACE_PRIME   0x100000001b3ULL
 
 /* ---- memd ---- */
 
@@ -138,7 +139,7 @@ void sim_restart_daemon(struct sim *sim)
 static uint32_t any_content(const struct sim_vmm *vmm)
 {
     struct sim_host *host = &vmm->sim->host;
-    uint32_t id = 1 + sim_host_below(host, CONTENTS);
+    uint32_t id = 1 + sim_host_below(host, vmm->sim->options.slow ? CONTENTS_SLOW : CONTENTS);
 
     switch (sim_host_below(host, 8)) {
     case 0: return 0;
@@ -246,7 +247,9 @@ static void let_lie(struct sim *sim)
 {
     struct sim_vmm *vmm = any_vmm(sim);
 
-    if (vmm->link == SIM_SERVED && vmm->liar)
+    for (uint32_t tries = 0; tries < SIM_VMMS && !vmm->liar; tries++)
+        vmm = any_vmm(sim);
+    if (vmm->link == SIM_SERVED && vmm->liar && sim_host_once_in(&sim->host, 4))
         sim_lie(vmm);
 }
 
@@ -257,7 +260,10 @@ static void let_time_pass(struct sim *sim)
                                      6 * NS_PER_S,    70 * NS_PER_S};
 
     /* Long spans are rare: most of what goes wrong goes wrong close together. */
-    pass(sim, spans[sim_host_below(&sim->host, sim_host_once_in(&sim->host, 12) ? 8 : 4)]);
+    if (sim_host_once_in(&sim->host, sim->options.slow ? 3 : 12))
+        pass(sim, spans[sim_host_below(&sim->host, 8)]);
+    else
+        pass(sim, spans[sim_host_below(&sim->host, 4)]);
 }
 
 static void let_turn(struct sim *sim)
@@ -289,7 +295,7 @@ static void let_come(struct sim *sim)
 {
     uint32_t domain = sim_host_below(&sim->host, SIM_DOMAINS + 1) % SIM_DOMAINS;
 
-    (void)sim_add(sim, domain, sim->options.liars && sim_host_once_in(&sim->host, 4));
+    (void)sim_add(sim, domain, sim->options.liars && sim_host_once_in(&sim->host, 3));
 }
 
 static void let_stall(struct sim *sim)
