@@ -2,6 +2,7 @@
 /* What comes out of a QMP socket. A second thread is QEMU: it says the input and hangs up. */
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -25,6 +26,7 @@ size_t fuzz_seed(size_t number, uint8_t *into, size_t room)
 
 static int listener = -1;
 static struct sockaddr_un address = {.sun_family = AF_UNIX};
+static sem_t hung_up;
 static const uint8_t *words;
 static size_t word_bytes;
 
@@ -43,6 +45,7 @@ static void say_all(int fd)
     while (read(fd, answer, sizeof(answer)) > 0)
         ;
     close(fd);
+    sem_post(&hung_up);
 }
 
 static void *be_qemu(void *unused)
@@ -66,20 +69,13 @@ static void start(void)
     listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     FUZZ_REQUIRE(bind(listener, (struct sockaddr *)&address, sizeof(address)) == 0);
     FUZZ_REQUIRE(listen(listener, 8) == 0);
+    FUZZ_REQUIRE(sem_init(&hung_up, 0, 0) == 0);
     atexit(remove_socket);
     FUZZ_REQUIRE(pthread_create(&thread, NULL, be_qemu, NULL) == 0);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+static void talk(struct qmp *qmp)
 {
-    struct qmp *qmp;
-
-    if (listener < 0)
-        start();
-    words = data;
-    word_bytes = bytes;
-    if (qmp_open(address.sun_path, 5000, &qmp))
-        return 0;
     for (int i = 0; i < 3; i++) {
         json_t *result = NULL;
         int error = qmp_execute(qmp, "query-memdev", NULL, 5000, &result);
@@ -90,5 +86,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         json_decref(result);
     }
     qmp_close(qmp);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+    struct qmp *qmp;
+
+    if (listener < 0)
+        start();
+    words = data;
+    word_bytes = bytes;
+    if (qmp_open(address.sun_path, 5000, &qmp) == 0)
+        talk(qmp);
+    while (sem_wait(&hung_up) && errno == EINTR)
+        ;
     return 0;
 }

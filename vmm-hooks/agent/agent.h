@@ -70,7 +70,7 @@ struct memd_vm {
     bool ram_open;
     bool held; /* segments of an earlier connection are here */
     uint64_t session;
-    uint64_t features; /* of this connection: what memd wants of what we offered */
+    uint64_t features;  /* of this connection: what both sides have */
     uint32_t announced; /* blocks told to memd */
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;

@@ -15,8 +15,10 @@
 #include "procfs.h"
 #include "uffd.h"
 
-/* The one agent of this process, for fork. */
+/* The one agent of this process, for fork and to know a handle by. */
 static struct memd_vm *the_vm;
+/* 1 from the beginning of an attach to the end of its detach. */
+static uint32_t taken;
 
 void agent_say(struct memd_vm *vm, const char *reason)
 {
@@ -54,21 +56,51 @@ static void in_child(void)
 
 /* ---- attach ---- */
 
-static int copy_options(struct memd_vm *vm, const struct memd_options *options)
-{
-    const char *socket = options->socket ? options->socket : "/run/memd/memd.sock.agent";
-    const char *vmm = options->vmm ? options->vmm : "linked";
+/* The first version of the struct ended here. */
+#define OPTIONS_FIRST_BYTES (offsetof(struct memd_options, opaque) + sizeof(void *))
+/* A struct that says it is larger than this has not been initialized. */
+#define OPTIONS_MAX_BYTES 4096U
 
-    if (options->size < sizeof(options->size) || strlen(socket) >= sizeof(vm->socket))
+/* The caller's options as this library knows them. What it doesn't know must not have been set. */
+static int take_options(const struct memd_options *given, struct memd_options *ret_options)
+{
+    const uint8_t *bytes = (const uint8_t *)given;
+
+    if (!given || given->size < OPTIONS_FIRST_BYTES)
         return -EINVAL;
-    if (options->token && strlen(options->token) != PROTOCOL_TOKEN_BYTES)
+    if (given->size > OPTIONS_MAX_BYTES)
+        return -E2BIG;
+    for (size_t i = sizeof(*ret_options); i < given->size; i++)
+        if (bytes[i])
+            return -E2BIG;
+    memset(ret_options, 0, sizeof(*ret_options));
+    memcpy(ret_options, given,
+           given->size < sizeof(*ret_options) ? given->size : sizeof(*ret_options));
+    return 0;
+}
+
+static bool is_token(const char *token)
+{
+    return strlen(token) == PROTOCOL_TOKEN_BYTES &&
+           strspn(token, "0123456789abcdefABCDEF") == PROTOCOL_TOKEN_BYTES;
+}
+
+static int copy_options(struct memd_vm *vm, const struct memd_options *given)
+{
+    struct memd_options options;
+    const char *socket;
+    int r = take_options(given, &options);
+
+    if (r < 0)
+        return r;
+    socket = options.socket ? options.socket : "/run/memd/memd.sock.agent";
+    if (strlen(socket) >= sizeof(vm->socket) || (options.token && !is_token(options.token)))
         return -EINVAL;
     memcpy(vm->socket, socket, strlen(socket) + 1);
-    strncpy(vm->vmm, vmm, sizeof(vm->vmm) - 1);
-    if (options->token)
-        memcpy(vm->token, options->token, PROTOCOL_TOKEN_BYTES);
-    gate_open(&vm->gate, options->ops, options->opaque);
-    return 0;
+    strncpy(vm->vmm, options.vmm ? options.vmm : "linked", sizeof(vm->vmm) - 1);
+    if (options.token)
+        memcpy(vm->token, options.token, PROTOCOL_TOKEN_BYTES);
+    return gate_open(&vm->gate, options.ops, options.opaque);
 }
 
 static void read_vma_limit(struct memd_vm *vm)
@@ -104,6 +136,7 @@ static void free_vm(struct memd_vm *vm)
 {
     sys_close(vm->stop_fd);
     sys_munmap(vm, sizeof(*vm));
+    __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
 }
 
 int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
@@ -112,11 +145,13 @@ int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
     struct memd_vm *vm;
     int r;
 
-    if (the_vm)
+    if (__atomic_exchange_n(&taken, 1, __ATOMIC_ACQ_REL))
         return -EBUSY;
     vm = sys_mmap(NULL, sizeof(*vm), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (sys_failed(vm))
+    if (sys_failed(vm)) {
+        __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
         return (int)(intptr_t)vm;
+    }
     vm->rpc.fd = -1;
     vm->stop_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
     r = copy_options(vm, options);
@@ -137,7 +172,7 @@ int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
 int memd_attach(const struct memd_options *options, struct memd_vm **ret_vm)
 {
     struct memd_vm *vm = NULL;
-    int r = agent_attach(options, &vm);
+    int r = ret_vm ? agent_attach(options, &vm) : -EINVAL;
 
     if (!vm)
         return r;
@@ -152,6 +187,21 @@ int memd_attach(const struct memd_options *options, struct memd_vm **ret_vm)
 
 /* ---- RAM ---- */
 
+/* Is it the handle of this process's agent, in the process that attached? 0 or -errno. */
+static int check_handle(const struct memd_vm *vm)
+{
+    if (!vm || vm != the_vm)
+        return -EBADF;
+    /* The userfaultfds of a child are its parent's, and work on the parent's memory. */
+    return vm->forked ? -EAGAIN : 0;
+}
+
+static bool is_a_range(const void *addr, size_t bytes)
+{
+    return addr && (uintptr_t)addr % PAGE_BYTES == 0 && bytes > 0 &&
+           bytes <= UINTPTR_MAX - (uintptr_t)addr - PAGE_BYTES;
+}
+
 static void leave_alone(struct memd_vm *vm, void *addr, size_t bytes, const char *reason)
 {
     lock_take(&vm->words);
@@ -161,18 +211,41 @@ static void leave_alone(struct memd_vm *vm, void *addr, size_t bytes, const char
     lock_release(&vm->words);
 }
 
+static bool covers(const struct ram_block *block, const uint8_t *addr, size_t bytes)
+{
+    return addr <= block->base && addr + bytes >= ram_address(block, block->pages);
+}
+
+static bool overlaps(const struct ram_block *block, const uint8_t *addr, size_t bytes)
+{
+    return addr < ram_address(block, block->pages) && addr + bytes > block->base;
+}
+
+/* Looks without locks: two threads that register the same RAM at once are told apart by ram_add. */
+static bool is_registered(const struct memd_vm *vm, const uint8_t *addr, size_t bytes)
+{
+    uint32_t count = __atomic_load_n(&vm->ram.block_count, __ATOMIC_ACQUIRE);
+
+    for (uint32_t i = 0; i < count; i++)
+        if (__atomic_load_n(&vm->ram.blocks[i].live, __ATOMIC_ACQUIRE) &&
+            overlaps(&vm->ram.blocks[i], addr, bytes))
+            return true;
+    return false;
+}
+
 int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
 {
     const char *reason = "memd has no room for another block of RAM";
     uint32_t attributes = 0;
     struct ram_block *block;
-    int r;
+    int r = check_handle(vm);
 
-    if ((uintptr_t)addr % PAGE_BYTES || bytes % PAGE_BYTES || bytes == 0)
+    if (r < 0)
+        return r;
+    if (!is_a_range(addr, bytes) || bytes % PAGE_BYTES || flags & ~MEMD_RAM_FRESH)
         return -EINVAL;
-    /* The userfaultfds of a child are its parent's, and work on the parent's memory. */
-    if (vm->forked)
-        return -EAGAIN;
+    if (is_registered(vm, addr, bytes))
+        return -EEXIST;
     if (__atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) != AGENT_ACTIVE)
         r = -EAGAIN, reason = "the agent has stood down";
     else
@@ -184,16 +257,6 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
     if (r < 0)
         leave_alone(vm, addr, bytes, r == -ENOMEM ? "no memory for its tables" : reason);
     return r;
-}
-
-static bool covers(const struct ram_block *block, const uint8_t *addr, size_t bytes)
-{
-    return addr <= block->base && addr + bytes >= ram_address(block, block->pages);
-}
-
-static bool overlaps(const struct ram_block *block, const uint8_t *addr, size_t bytes)
-{
-    return addr < ram_address(block, block->pages) && addr + bytes > block->base;
 }
 
 /* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
@@ -281,10 +344,14 @@ bool agent_leave_is_partial(const struct agent_leaving *leaving)
 
 int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
 {
-    struct ram_block *block = ram_find(&vm->ram, addr);
+    struct ram_block *block;
     struct agent_leaving leaving;
+    int r = check_handle(vm);
     bool gone;
 
+    if (r < 0)
+        return r;
+    block = ram_find(&vm->ram, addr);
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
     agent_leave_begin(vm, addr, bytes, false, &leaving);
@@ -367,7 +434,14 @@ int agent_discard_in_child(struct memd_vm *vm, void *addr, size_t bytes, int adv
 
 int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes)
 {
-    return agent_discard(vm, addr, bytes, MADV_DONTNEED);
+    int r = check_handle(vm);
+
+    if (r == -EBADF)
+        return r;
+    if (!is_a_range(addr, bytes))
+        return -EINVAL;
+    return r == 0 ? agent_discard(vm, addr, bytes, MADV_DONTNEED)
+                  : agent_discard_in_child(vm, addr, bytes, MADV_DONTNEED);
 }
 
 /* ---- standing down, detaching ---- */
@@ -416,36 +490,58 @@ void agent_give_up(struct memd_vm *vm, const char *reason)
         uffd_unregister(vm->ram.guest_fd, vm->ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES);
 }
 
-int memd_get_status(struct memd_vm *vm, struct memd_status *ret_status)
+static void fill_status(const struct memd_vm *vm, struct memd_status *status)
 {
-    struct memd_status status = {
-        .size = ret_status->size,
+    *status = (struct memd_status){
         .merges = vm->merge.merges,
         .unmerges = vm->ram.unmerges,
         .zero_merges = vm->scanner.zero_merges,
         .connected = vm->rpc.fd >= 0,
         .passes = vm->scanner.passes,
     };
-
-    if (ret_status->size < sizeof(ret_status->size) || ret_status->size > sizeof(status))
-        return -EINVAL;
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
         const struct ram_block *block = &vm->ram.blocks[i];
         if (!block->live)
             continue;
-        status.pages += block->pages;
-        status.shared += block->counts[PLACE_SHARED];
-        status.zero += block->counts[PLACE_ZERO];
-        status.captives += block->captives;
+        status->pages += block->pages;
+        status->shared += block->counts[PLACE_SHARED];
+        status->zero += block->counts[PLACE_ZERO];
+        status->captives += block->captives;
     }
-    memcpy(ret_status, &status, ret_status->size);
+}
+
+/* The first version of the struct ended here. */
+#define STATUS_FIRST_BYTES (offsetof(struct memd_status, passes) + sizeof(uint32_t))
+
+int memd_get_status(struct memd_vm *vm, struct memd_status *ret_status)
+{
+    struct memd_status status;
+    size_t known = sizeof(status);
+    int r = check_handle(vm);
+
+    if (r < 0)
+        return r;
+    if (!ret_status || ret_status->size < STATUS_FIRST_BYTES ||
+        ret_status->size > OPTIONS_MAX_BYTES)
+        return -EINVAL;
+    fill_status(vm, &status);
+    if (ret_status->size < known)
+        known = ret_status->size;
+    status.size = known;
+    memset((uint8_t *)ret_status + known, 0, ret_status->size - known);
+    memcpy(ret_status, &status, known);
     return 0;
 }
 
 int memd_detach(struct memd_vm *vm)
 {
     uint64_t one = 1;
+    int r = check_handle(vm);
 
+    if (r < 0)
+        return r;
+    if (pthread_equal(vm->thread, pthread_self()))
+        return -EDEADLK;
     if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
         return -ENOMEM;
     __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);

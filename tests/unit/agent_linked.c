@@ -1,0 +1,392 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A VMM that calls libmemd, and does what it must not: it gets an error, and its guest's bytes stay
+ * what they were.
+ */
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <memd/memd.h>
+#include <semaphore.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "agent_memd.h"
+
+#define PAGES 256U
+#define BYTES (PAGES * PAGE_BYTES)
+
+static struct memd_end memd;
+static struct memd_vm *vm;
+static uint8_t *ram;
+
+static void fill(uint8_t *page, uint32_t content)
+{
+    uint32_t *words = (uint32_t *)(void *)page;
+
+    for (uint32_t i = 0; i < PAGE_BYTES / sizeof(*words); i++)
+        words[i] = content * 2654435761U + i;
+}
+
+static bool holds(const uint8_t *page, uint32_t content)
+{
+    _Alignas(64) uint8_t want[PAGE_BYTES];
+
+    fill(want, content);
+    return memcmp(page, want, PAGE_BYTES) == 0;
+}
+
+static void holds_all(uint32_t from)
+{
+    for (uint32_t i = from; i < PAGES; i++)
+        cr_assert(holds(ram + i * PAGE_BYTES, i + 1), "page %u has other bytes", i);
+}
+
+static uint8_t *map(size_t bytes)
+{
+    uint8_t *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    cr_assert_neq(at, MAP_FAILED);
+    madvise(at, bytes, MADV_NOHUGEPAGE);
+    return at;
+}
+
+static int attach(const struct memd_ops *ops)
+{
+    struct memd_options options = {
+        .size = sizeof(options), .socket = memd.path, .vmm = "test", .ops = ops};
+
+    return memd_attach(&options, &vm);
+}
+
+static void set_up_with(const struct memd_ops *ops)
+{
+    int r;
+
+    memd_end_start(&memd);
+    r = attach(ops);
+    if (r == -ENOSYS || r == -EPERM)
+        cr_skip_test("no agent on this kernel: %s", strerror(-r));
+    cr_assert_eq(r, 0, "%s", strerror(-r));
+    ram = map(BYTES);
+    cr_assert_eq(memd_ram_add(vm, ram, BYTES, MEMD_RAM_FRESH), 0);
+    for (uint32_t i = 0; i < PAGES; i++)
+        fill(ram + i * PAGE_BYTES, i + 1);
+}
+
+static struct memd_status status(void)
+{
+    struct memd_status now = {.size = sizeof(now)};
+
+    cr_assert_eq(memd_get_status(vm, &now), 0);
+    return now;
+}
+
+static int make_segment(void)
+{
+    int fd = memfd_create("memd-test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    uint8_t page[PAGE_BYTES];
+
+    for (uint32_t i = 0; i < PAGES; i++) {
+        fill(page, i + 1);
+        cr_assert_eq(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES), (ssize_t)PAGE_BYTES);
+    }
+    cr_assert_eq(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL),
+                 0);
+    return fd;
+}
+
+#define UNTIL(condition)                                           \
+    do {                                                           \
+        int tries_;                                                \
+        for (tries_ = 0; tries_ < 20000 && !(condition); tries_++) \
+            usleep(1000);                                          \
+        cr_assert((condition), "never came: %s", #condition);      \
+    } while (0)
+
+/* The pages from `from` on are in the store. */
+static void share(uint32_t from)
+{
+    int fd = make_segment();
+
+    UNTIL(status().connected == 1 && memd.fd >= 0);
+    memd_end_give(&memd, 1, PAGES, fd);
+    /* Again until the scanner has armed the memory, and all that was busy is not. */
+    for (int tries = 0; tries < 400 && status().shared < PAGES - from; tries++) {
+        memd_end_merge(&memd, from, SLOT(1, from), PAGES - from);
+        usleep(50000);
+    }
+    cr_assert_eq(status().shared, PAGES - from);
+    close(fd);
+}
+
+static void tear_down(void)
+{
+    cr_assert_eq(memd_detach(vm), 0);
+    memd_end_stop(&memd);
+}
+
+/* ---- attach and detach ---- */
+
+Test(linked, options_that_are_wrong, .timeout = 60)
+{
+    char long_path[200];
+    struct memd_options good = {.size = sizeof(good), .socket = "/nonexistent"}, bad = good;
+    struct memd_ops half = {.size = sizeof(half)};
+
+    vm = NULL;
+    cr_assert_eq(memd_attach(NULL, &vm), -EINVAL);
+    cr_assert_eq(memd_attach(&good, NULL), -EINVAL);
+    bad.size = 3;
+    cr_assert_eq(memd_attach(&bad, &vm), -EINVAL);
+    bad.size = SIZE_MAX;
+    cr_assert_eq(memd_attach(&bad, &vm), -E2BIG);
+    bad = good;
+    bad.token = "0123456789abcdef0123456789abcde";
+    cr_assert_eq(memd_attach(&bad, &vm), -EINVAL, "a token that is too short");
+    bad.token = "0123456789abcdef0123456789abcdeg";
+    cr_assert_eq(memd_attach(&bad, &vm), -EINVAL, "a token with a letter that is none");
+    memset(long_path, 'x', sizeof(long_path));
+    long_path[sizeof(long_path) - 1] = '\0';
+    bad = good;
+    bad.socket = long_path;
+    cr_assert_eq(memd_attach(&bad, &vm), -EINVAL);
+    bad = good;
+    bad.ops = &half;
+    half.pause = (int (*)(void *))(uintptr_t)1;
+    cr_assert_eq(memd_attach(&bad, &vm), -EINVAL, "half of a pair of hooks");
+    cr_assert_null(vm);
+}
+
+Test(linked, attach_twice, .timeout = 60)
+{
+    struct memd_vm *first;
+
+    set_up_with(NULL);
+    first = vm;
+    cr_assert_eq(attach(NULL), -EBUSY);
+    cr_assert_eq(vm, first);
+    tear_down();
+}
+
+Test(linked, detach_with_shared_pages_and_what_is_called_afterwards, .timeout = 60)
+{
+    struct memd_status now = {.size = sizeof(now)};
+    struct memd_vm *gone;
+
+    set_up_with(NULL);
+    share(0);
+    gone = vm;
+    cr_assert_eq(memd_detach(vm), 0);
+    holds_all(0);
+    memset(ram, 0, BYTES); /* it is plain memory again */
+    cr_assert_eq(memd_detach(gone), -EBADF);
+    cr_assert_eq(memd_get_status(gone, &now), -EBADF);
+    cr_assert_eq(memd_ram_add(gone, ram, BYTES, 0), -EBADF);
+    cr_assert_eq(memd_ram_remove(gone, ram, BYTES), -EBADF);
+    cr_assert_eq(memd_ram_discard(gone, ram, BYTES), -EBADF);
+    cr_assert_eq(memd_ram_discard(NULL, ram, BYTES), -EBADF);
+    cr_assert_eq(attach(NULL), 0, "it may come again");
+    cr_assert_eq(memd_ram_add(vm, ram, BYTES, 0), 0);
+    tear_down();
+}
+
+/* ---- RAM ---- */
+
+Test(linked, ram_that_is_shared_is_taken_away_whole_and_once, .timeout = 60)
+{
+    set_up_with(NULL);
+    share(0);
+    cr_assert_eq(memd_ram_remove(vm, ram, BYTES / 2), -ENOENT);
+    cr_assert_eq(memd_ram_remove(vm, ram + PAGE_BYTES, BYTES - PAGE_BYTES), -ENOENT);
+    cr_assert_eq(memd_ram_remove(vm, ram + 1, BYTES), -ENOENT);
+    cr_assert_eq(memd_ram_remove(vm, NULL, BYTES), -ENOENT);
+    cr_assert_eq(memd_ram_remove(vm, &vm, BYTES), -ENOENT, "never registered");
+    cr_assert_eq(status().shared, PAGES, "nothing of that did anything");
+    cr_assert_eq(memd_ram_remove(vm, ram, BYTES), 0);
+    holds_all(0);
+    cr_assert_eq(status().pages, 0);
+    cr_assert_eq(memd_ram_remove(vm, ram, BYTES), -ENOENT, "twice");
+    cr_assert_eq(munmap(ram, BYTES), 0);
+    tear_down();
+}
+
+Test(linked, ranges_that_can_not_be_registered, .timeout = 60)
+{
+    uint8_t *other, *file;
+
+    set_up_with(NULL);
+    other = map(4 * PAGE_BYTES);
+    cr_assert_eq(memd_ram_add(vm, other + 1, PAGE_BYTES, 0), -EINVAL);
+    cr_assert_eq(memd_ram_add(vm, other, PAGE_BYTES + 1, 0), -EINVAL);
+    cr_assert_eq(memd_ram_add(vm, other, 0, 0), -EINVAL);
+    cr_assert_eq(memd_ram_add(vm, NULL, PAGE_BYTES, 0), -EINVAL);
+    cr_assert_eq(memd_ram_add(vm, other, SIZE_MAX / PAGE_BYTES * PAGE_BYTES, 0), -EINVAL);
+    cr_assert_eq(memd_ram_add(vm, other, PAGE_BYTES, 2), -EINVAL, "a flag of a newer version");
+    /* In front of it, behind it, in it, around it, the same. */
+    cr_assert_eq(memd_ram_add(vm, ram - PAGE_BYTES, 2 * PAGE_BYTES, 0), -EEXIST);
+    cr_assert_eq(memd_ram_add(vm, ram + BYTES - PAGE_BYTES, 2 * PAGE_BYTES, 0), -EEXIST);
+    cr_assert_eq(memd_ram_add(vm, ram + PAGE_BYTES, PAGE_BYTES, MEMD_RAM_FRESH), -EEXIST);
+    cr_assert_eq(memd_ram_add(vm, ram - PAGE_BYTES, BYTES + 2 * PAGE_BYTES, 0), -EEXIST);
+    cr_assert_eq(memd_ram_add(vm, ram, BYTES, MEMD_RAM_FRESH), -EEXIST);
+    munmap(other + PAGE_BYTES, PAGE_BYTES);
+    cr_assert_eq(memd_ram_add(vm, other, 4 * PAGE_BYTES, 0), -EFAULT);
+    mprotect(other, PAGE_BYTES, PROT_READ);
+    cr_assert_eq(memd_ram_add(vm, other, PAGE_BYTES, 0), -EINVAL);
+    file = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    cr_assert_eq(memd_ram_add(vm, file, PAGE_BYTES, 0), -EINVAL);
+    cr_assert_eq(status().pages, PAGES);
+    holds_all(0);
+    tear_down();
+}
+
+Test(linked, a_discard_goes_no_further_than_it_was_told, .timeout = 60)
+{
+    uint8_t *around;
+
+    set_up_with(NULL);
+    share(0);
+    cr_assert_eq(memd_ram_discard(vm, ram + 1, PAGE_BYTES), -EINVAL);
+    cr_assert_eq(memd_ram_discard(vm, ram, 0), -EINVAL);
+    cr_assert_eq(memd_ram_discard(vm, ram, SIZE_MAX), -EINVAL);
+    cr_assert_eq(memd_ram_discard(vm, NULL, PAGE_BYTES), -EINVAL);
+    holds_all(0);
+    cr_assert_eq(memd_ram_discard(vm, ram, 3 * PAGE_BYTES + 1), 0);
+    for (size_t i = 0; i < 4 * PAGE_BYTES; i++)
+        cr_assert_eq(ram[i], 0, "a discarded page shows the store");
+    holds_all(4);
+    /* Beyond what is registered there is other memory, and then none. */
+    around = map(8 * PAGE_BYTES);
+    memset(around, 5, 8 * PAGE_BYTES);
+    cr_assert_eq(memd_ram_add(vm, around + 2 * PAGE_BYTES, PAGE_BYTES, 0), 0);
+    munmap(around + 4 * PAGE_BYTES, PAGE_BYTES);
+    cr_assert_eq(memd_ram_discard(vm, around + PAGE_BYTES, 5 * PAGE_BYTES), -ENOMEM);
+    cr_assert_eq(around[0], 5);
+    cr_assert_eq(around[PAGE_BYTES] + around[2 * PAGE_BYTES] + around[3 * PAGE_BYTES], 0);
+    cr_assert_eq(around[5 * PAGE_BYTES], 0);
+    cr_assert_eq(around[6 * PAGE_BYTES], 5);
+    tear_down();
+}
+
+/* What goes wrong in a child has a number. */
+static int be_a_child(void)
+{
+    struct memd_status now = {.size = sizeof(now)};
+
+    if (memd_ram_add(vm, ram, BYTES, 0) != -EAGAIN)
+        return 1;
+    if (memd_ram_remove(vm, ram, BYTES) != -EAGAIN)
+        return 2;
+    if (memd_get_status(vm, &now) != -EAGAIN || memd_detach(vm) != -EAGAIN)
+        return 3;
+    if (attach(NULL) != -EBUSY)
+        return 4;
+    if (memd_ram_discard(vm, ram, 2 * PAGE_BYTES) != 0 || ram[0] || ram[2 * PAGE_BYTES - 1])
+        return 5;
+    ram[2 * PAGE_BYTES] = 0x77; /* a shared page of the child's own */
+    for (uint32_t i = 3; i < PAGES; i++) {
+        if (!holds(ram + i * PAGE_BYTES, i + 1))
+            return 6;
+    }
+    return 0;
+}
+
+Test(linked, a_child_manages_nothing_and_harms_nothing, .timeout = 60)
+{
+    int ended = -1;
+    pid_t pid;
+
+    set_up_with(NULL);
+    share(0);
+    pid = fork();
+    if (pid == 0)
+        _exit(be_a_child());
+    waitpid(pid, &ended, 0);
+    cr_assert_eq(ended, 0, "in the child: %d", WEXITSTATUS(ended));
+    holds_all(0);
+    cr_assert_eq(status().shared, PAGES);
+    tear_down();
+}
+
+/* ---- hooks ---- */
+
+static int hook_answer, hook_detach = 1, hook_asked;
+static bool hook_waits;
+static sem_t hook_waiting, hook_released;
+
+static int on_pinned(void *opaque, const void *addr, size_t bytes)
+{
+    struct memd_status now = {.size = sizeof(now)};
+
+    (void)opaque;
+    (void)addr;
+    (void)bytes;
+    __atomic_add_fetch(&hook_asked, 1, __ATOMIC_RELAXED);
+    if (__atomic_load_n(&hook_waits, __ATOMIC_ACQUIRE)) {
+        sem_post(&hook_waiting);
+        while (sem_wait(&hook_released) && errno == EINTR)
+            ;
+    }
+    if (hook_detach == 0 && vm)
+        hook_detach = memd_get_status(vm, &now) == 0 ? memd_detach(vm) : 1;
+    return hook_answer;
+}
+
+static const struct memd_ops ops = {.size = sizeof(ops), .pinned = on_pinned};
+
+Test(linked, a_hook_that_lies_ends_the_sharing_and_nothing_else, .timeout = 60)
+{
+    set_up_with(&ops);
+    share(PAGES / 2);
+    hook_answer = 42;
+    for (int tries = 0; tries < 400 && !memd_end_heard(&memd, "'pinned'"); tries++) {
+        memd_end_merge(&memd, 0, SLOT(1, 0), 8);
+        fill(ram + (PAGES - 1) * PAGE_BYTES, PAGES); /* a share ends meanwhile */
+        usleep(50000);
+    }
+    cr_assert(memd_end_heard(&memd, "'pinned'"), "the offence is told to memd");
+    hook_asked = hook_answer = 0;
+    memd_end_merge(&memd, 0, SLOT(1, 0), PAGES / 2);
+    UNTIL(status().passes > 3);
+    cr_assert_eq(hook_asked, 0, "it is not asked again");
+    cr_assert_leq(status().shared, PAGES / 2);
+    holds_all(0);
+    tear_down();
+}
+
+Test(linked, a_hook_that_wants_to_detach, .timeout = 60)
+{
+    hook_detach = 0;
+    set_up_with(&ops);
+    share(0);
+    cr_assert_eq(hook_detach, -EDEADLK);
+    holds_all(0);
+    tear_down();
+}
+
+Test(linked, a_hook_that_does_not_return_does_not_stop_the_guest, .timeout = 60)
+{
+    sem_init(&hook_waiting, 0, 0);
+    sem_init(&hook_released, 0, 0);
+    set_up_with(&ops);
+    share(PAGES / 2);
+    __atomic_store_n(&hook_waits, true, __ATOMIC_RELEASE);
+    memd_end_merge(&memd, 0, SLOT(1, 0), PAGES / 2);
+    while (sem_wait(&hook_waiting) && errno == EINTR)
+        ;
+    /* The scanner is in the hook. Writes to shared pages, discards and removals go on. */
+    for (uint32_t i = 0; i < PAGES; i++)
+        fill(ram + i * PAGE_BYTES, i + 1);
+    cr_assert_eq(status().shared, 0);
+    cr_assert_eq(memd_ram_discard(vm, ram, PAGE_BYTES), 0);
+    cr_assert_eq(ram[0], 0);
+    holds_all(1);
+    __atomic_store_n(&hook_waits, false, __ATOMIC_RELEASE);
+    sem_post(&hook_released);
+    tear_down();
+    holds_all(1);
+}

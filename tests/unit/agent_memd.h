@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * As much of memd as an agent needs to go on: a thread that greets it, reads all that it says, and
+ * passes on what the test wants to be merged. The agent is the real one, with its threads.
+ */
+#ifndef TESTS_UNIT_AGENT_MEMD_H
+#define TESTS_UNIT_AGENT_MEMD_H
+
+#include <pthread.h>
+
+#include "protocol.h"
+
+struct memd_end {
+    char path[64];
+    int listener, fd; /* fd -1: no agent is here */
+    pthread_t thread;
+    pthread_mutex_t lock;
+    bool stop;
+    struct ring *ring;
+    uint32_t head;
+    char reason[PROTOCOL_TEXT_BYTES]; /* of the last STATS */
+};
+
+void memd_end_start(struct memd_end *end);
+void memd_end_stop(struct memd_end *end);
+
+/* Gives the agent a segment (fd stays the caller's). */
+void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int fd);
+/* Tells it to merge pages with slots, both ascending. */
+void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages);
+/* Does the last reason that the agent gave contain these words? */
+bool memd_end_heard(struct memd_end *end, const char *words);
+
+#endif
