@@ -40,9 +40,10 @@
 #include "virtio_rng.h"
 
 #define MEMORY_BYTES (16UL << 20)
-#define MERGED_KINDS 2U   /* flip, lend: what the store has */
-#define LOOK_EVERY   2000 /* turns of the merger between two looks at captives, and at what is said \
-                           */
+#define MERGED_KINDS 2U /* flip, lend: what the store has */
+#define LOOK_EVERY                                                                 \
+    2000 /* turns of the merger between two looks at captives, and at what is said \
+          */
 #define HOT_ONE_IN     16U /* more, and the vCPUs do nothing but wait for frozen pages */
 #define END_LIMIT_MS   120000
 #define KICK_US_MAX    500
