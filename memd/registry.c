@@ -501,6 +501,7 @@ static int peer_process(struct guest *guest, pid_t pid)
 int registry_agent_came(struct guest *guest, struct session *session, pid_t pid, uid_t uid)
 {
     struct daemon *daemon = guest->daemon;
+    bool is_news = guest->waiting_for_hello || guest->uid != uid || guest->pid != pid;
     int result = peer_process(guest, pid);
 
     if (result)
@@ -515,7 +516,10 @@ int registry_agent_came(struct guest *guest, struct session *session, pid_t pid,
     ledger_forget_places(&daemon->ledger, &guest->account);
     loop_timer_cancel(&daemon->loop, &guest->hello_timer);
     loop_timer_cancel(&daemon->loop, &guest->grace_timer);
-    registry_save(daemon);
+    /* After a restart all agents come back at once. To replace a file may take longer than an agent
+     * waits for its welcome (ext4 with "discard"), and a hundred of them would never get theirs. */
+    if (is_news)
+        registry_save(daemon);
     return 0;
 }
 

@@ -51,17 +51,27 @@ int state_subdirectory(int dir, const char *name, int *ret_dir)
     return 0;
 }
 
+/* One write: json_dumpfd() makes one for each token, thousands where there are many guests. */
+static int write_json(int fd, const json_t *json)
+{
+    char *text = json_dumps(json, JSON_INDENT(1));
+    size_t length = text ? strlen(text) : 0;
+    ssize_t done = text ? write(fd, text, length) : -1;
+
+    free(text);
+    return text && done == (ssize_t)length ? 0 : -EIO;
+}
+
 int state_write(int dir, const char *name, const json_t *json, bool durable)
 {
     char fresh[300];
-    int fd, result = 0;
+    int fd, result;
 
     snprintf(fresh, sizeof(fresh), "%s.new", name);
     fd = openat(dir, fresh, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return -errno;
-    if (json_dumpfd(json, fd, JSON_INDENT(1)))
-        result = -EIO;
+    result = write_json(fd, json);
     if (!result && durable && fsync(fd))
         result = -errno;
     close(fd);

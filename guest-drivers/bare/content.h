@@ -71,25 +71,36 @@ static inline uint64_t content_key(enum content_kind kind, uint64_t seed, uint32
     return content_mix(owner * 0x9e3779b97f4a7c15ULL + kind) ^ content_mix(index + 1ULL);
 }
 
-/* One multiplication: a vCPU may be interpreted. */
+/* What lies between a random word and the next one: a vCPU may be interpreted, and an addition is
+ * cheaper than a multiplication. */
+#define CONTENT_STEP 0xd6e8feb86659fd93ULL
+
 static inline uint64_t content_random_word(uint64_t key, uint32_t word)
 {
-    return (key + word) * 0xd6e8feb86659fd93ULL;
+    return (key + word) * CONTENT_STEP;
 }
 
-/* A sentence of eight words of eight letters, out of which LZ4 makes a quarter. */
+/* Words of eight letters, out of which LZ4 makes a quarter. */
+#define CONTENT_TEXT(a, b, c, d, e, f, g, h)                                          \
+    ((uint64_t)(a) | (uint64_t)(b) << 8 | (uint64_t)(c) << 16 | (uint64_t)(d) << 24 | \
+     (uint64_t)(e) << 32 | (uint64_t)(f) << 40 | (uint64_t)(g) << 48 | (uint64_t)(h) << 56)
+
 static inline uint64_t content_text_word(uint64_t key, uint32_t word)
 {
-    static const char words[8][9] = {"balloon ", "to share", " memory\n", "a guest ",
-                                     "is cold ", "of pages", " (a hit)",  "merges, "};
-    const char *chars = words[content_random_word(key, word) >> 61];
-    uint64_t value = 0;
+    static const uint64_t words[8] = {
+        CONTENT_TEXT('b', 'a', 'l', 'l', 'o', 'o', 'n', ' '),
+        CONTENT_TEXT('t', 'o', ' ', 's', 'h', 'a', 'r', 'e'),
+        CONTENT_TEXT(' ', 'm', 'e', 'm', 'o', 'r', 'y', ' '),
+        CONTENT_TEXT('a', ' ', 'g', 'u', 'e', 's', 't', ' '),
+        CONTENT_TEXT('i', 's', ' ', 'c', 'o', 'l', 'd', ' '),
+        CONTENT_TEXT('o', 'f', ' ', 'p', 'a', 'g', 'e', 's'),
+        CONTENT_TEXT(' ', 'w', 'h', 'i', 'c', 'h', ' ', 'a'),
+        CONTENT_TEXT('m', 'e', 'r', 'g', 'e', 's', ',', ' '),
+    };
 
     if (word % 128 == 0)
         return key + word; /* what makes the page unique */
-    for (int i = 7; i >= 0; i--)
-        value = value << 8 | (uint8_t)chars[i];
-    return value;
+    return words[content_random_word(key, word) >> 61];
 }
 
 /* A word (0 to 511) of a page at rest. */
@@ -106,13 +117,22 @@ static inline uint64_t content_word(enum content_kind kind, uint64_t key, uint32
     }
 }
 
-/* The same in a line that was overwritten: `generation` is then not 0. */
-static inline uint64_t content_written_word(enum content_kind kind, uint64_t key, uint32_t word,
-                                            uint64_t seed, uint32_t generation)
+/* The eight words of a line (0 to 63) that was overwritten; `generation` 0: that is at rest. */
+static inline void content_line(enum content_kind kind, uint64_t key, uint32_t line, uint64_t seed,
+                                uint32_t generation, uint64_t ret_words[CONTENT_LINE_WORDS])
 {
-    if (generation == 0)
-        return content_word(kind, key, word);
-    return content_random_word(key ^ content_mix(seed << 32 | generation), word);
+    uint32_t first = line * CONTENT_LINE_WORDS;
+    uint64_t word;
+
+    if (generation == 0 && (kind == CONTENT_ZERO || kind == CONTENT_TEXT || kind == CONTENT_LEND)) {
+        for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++)
+            ret_words[i] = content_word(kind, key, first + i);
+        return;
+    }
+    word =
+        content_random_word(generation ? key ^ content_mix(seed << 32 | generation) : key, first);
+    for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++, word += CONTENT_STEP)
+        ret_words[i] = word;
 }
 
 #endif

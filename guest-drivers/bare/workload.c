@@ -64,33 +64,42 @@ static uint32_t generation(const struct visit *visit)
 
 /* ---- a line ---- */
 
-static void verify_line(const struct visit *visit, uint32_t gen)
+static void blame(const struct visit *visit, uint32_t gen, uint32_t word, uint64_t want,
+                  uint64_t got)
 {
     static const char *const names[] = CONTENT_NAMES;
 
-    for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++) {
-        uint32_t word = visit->line * CONTENT_LINE_WORDS + i;
-        uint64_t want = content_written_word(visit->kind, visit->key, word, visit->boot->seed, gen);
-        uint64_t got = visit->page[word];
+    if (visit->work->errors++ == 0)
+        say("CORRUPT region=%s page=%u offset=%u want=%x got=%x cpu=%u generation=%u",
+            names[visit->kind], (uint64_t)visit->index, (uint64_t)word * 8, want, got,
+            (uint64_t)visit->cpu, (uint64_t)gen);
+}
 
-        if (got == want)
-            continue;
-        if (visit->work->errors++ == 0)
-            say("CORRUPT region=%s page=%u offset=%u want=%x got=%x cpu=%u generation=%u",
-                names[visit->kind], (uint64_t)visit->index, (uint64_t)word * 8, want, got,
-                (uint64_t)visit->cpu, (uint64_t)gen);
-        return;
+/* At most one error a line. */
+static void verify_line(const struct visit *visit, uint32_t gen)
+{
+    volatile uint64_t *line = visit->page + visit->line * CONTENT_LINE_WORDS;
+    uint64_t want[CONTENT_LINE_WORDS];
+
+    content_line(visit->kind, visit->key, visit->line, visit->boot->seed, gen, want);
+    for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++) {
+        uint64_t got = line[i];
+
+        if (got != want[i]) {
+            blame(visit, gen, visit->line * CONTENT_LINE_WORDS + i, want[i], got);
+            return;
+        }
     }
 }
 
 static void write_line(const struct visit *visit, uint32_t gen)
 {
-    for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++) {
-        uint32_t word = visit->line * CONTENT_LINE_WORDS + i;
+    volatile uint64_t *line = visit->page + visit->line * CONTENT_LINE_WORDS;
+    uint64_t words[CONTENT_LINE_WORDS];
 
-        visit->page[word] =
-            content_written_word(visit->kind, visit->key, word, visit->boot->seed, gen);
-    }
+    content_line(visit->kind, visit->key, visit->line, visit->boot->seed, gen, words);
+    for (uint32_t i = 0; i < CONTENT_LINE_WORDS; i++)
+        line[i] = words[i];
 }
 
 /* ---- what is done to a page, besides verifying ---- */

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """memvm: guests under the real /dev/kvm, in a VMM that links libmemd."""
 import ctypes
+import itertools
 import os
+import random
 import signal
 import subprocess
+import time
 
-from lab import Failure, Lab, machine, wait_for
-from lab.suite import AGENT, MEMVM, live_test, short_or_full
+from lab import Failure, Lab, Skip, machine, wait_for
+from lab.suite import AGENT, FULL, MEMVM, live_test, short_or_full
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 TGKILL = 234  # x86-64's, as memvm is
@@ -130,3 +133,95 @@ def crashing_memvm_guest_says_where():
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
     if done.returncode != 9 or "CRASH exception=6" not in done.stdout:
         raise Failure(f"ended with {done.returncode}: {done.stdout!r}")
+
+
+# ---- vCPUs against merges, in one process ----
+
+def race(*options):
+    """(exit status, what it said)"""
+    done = subprocess.run([machine.program("race_kvm"), "--image", machine.program("bare-guest"), *options],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 77:
+        raise Skip(done.stdout.strip())
+    return done.returncode, done.stdout.strip()
+
+
+@live_test([MEMVM], limit_minutes=5, full_minutes=90)
+def vcpus_lose_nothing_to_merges():
+    status, said = race("--merges", str(short_or_full(20_000, 1_000_000)))
+    if FULL:
+        print(said, flush=True)
+    if status != 0:
+        raise Failure(f"ended with {status}: {said}")
+
+
+@live_test([MEMVM])
+def without_the_freeze_a_vcpus_write_is_lost():
+    status, said = race("--merges", "2000000", "--no-freeze")
+    if status != 1 or "CORRUPT" not in said:
+        raise Failure(f"the race test can't fail: ended with {status}: {said}")
+
+
+# ---- a hundred guests, and deaths ----
+
+MANY = 100
+IN_MANY = {"common": "4M", "twin": "1M", "zero": "1M", "unique": "256K", "hot": "64K", "duty": 1, "every": 10}
+MANY_COMMON = 4 * 256
+
+
+class Crowd:
+    """Guests come and go; each has a name of its own."""
+
+    def __init__(self, lab):
+        self.lab = lab
+        self._numbers = itertools.count(1)
+
+    def add(self, count):
+        return [self.lab.start_memvm(f"m{next(self._numbers)}", domain="many", **IN_MANY) for _ in range(count)]
+
+    def living(self):
+        return [guest for guest in self.lab.guests.values() if guest.is_alive()]
+
+    def wait_shared(self):
+        """Until nearly everything that all have in common is there once."""
+        living = self.living()
+        for guest in living:
+            guest.wait_ready()
+        self.lab.wait_connected(*[guest.name for guest in living])
+        self.lab.wait_shared(MANY_COMMON * (len(living) - 1) * 9 // 10)
+
+    def kill_some(self, chance):
+        """memd (which comes back at once), or some guests (others take their places)."""
+        if chance.random() < 0.5:
+            self.lab.kill_memd()
+            self.lab.start_memd()
+            return
+        victims = chance.sample(self.living(), chance.randint(1, 5))
+        for guest in victims:
+            guest.kill()
+        self.add(len(victims))
+
+
+def nothing_of_a_store_is_left(lab):
+    return lab.sharing()["pages_shared"] == 0 and not machine.memfds([lab.memd.pid])
+
+
+@live_test([AGENT, MEMVM], limit_minutes=6, full_minutes=60)
+def hundred_memvm_guests_share_through_deaths():
+    seed = int(os.environ.get("MEMD_SEED", random.randrange(1 << 30)))
+    chance = random.Random(seed)
+    print(f"hundred_memvm_guests_share_through_deaths: MEMD_SEED={seed}", flush=True)
+    with Lab() as lab:
+        lab.start_memd({"host": {"grace_s": 5}}, {"many": [0]})
+        crowd = Crowd(lab)
+        crowd.add(MANY)
+        crowd.wait_shared()
+        for _ in range(short_or_full(6, 200)):
+            time.sleep(chance.uniform(0, 1))  # the random moment, no synchronisation
+            crowd.kill_some(chance)
+        crowd.wait_shared()
+        lab.report_all()
+        for guest in crowd.living():
+            guest.stop()
+        wait_for("the segments to be retired", lambda: nothing_of_a_store_is_left(lab), 60, 0.5)
+

@@ -20,6 +20,8 @@ MAY_INCLUDE = [
     (["memd/common"], ["memd/common"]),
     (AGENT, AGENT + ["memd/common", "vmm-hooks/include/memd"]),
     (["vmm-hooks/include/memd"], ["vmm-hooks/include/memd"]),
+    (["vmm-hooks/kvm"], ["vmm-hooks/kvm", "guest-drivers/bare", "vmm-hooks/include/memd"]),
+    (["guest-drivers/bare"], ["guest-drivers/bare", "vmm-hooks/kvm"]),
     (["vmm-hooks/qemu"], ["vmm-hooks/qemu", "memd/common"]),
     (["vmm-hooks/sim"], ["vmm-hooks/sim", "memd", "memd/*/host", "memd/common"]),
     (["memd/ctl"], ["memd/ctl", "memd/common", "vmm-hooks/qemu"]),
@@ -123,7 +125,7 @@ def clang_tidy():
     if not os.path.exists(os.path.join(BUILD, "compile_commands.json")):
         return f"nothing was built in {BUILD}"
     names = [name for name in c_files()
-             if name.endswith(".c") and name.startswith(("memd/", "vmm-hooks/"))]
+             if name.endswith(".c") and name.startswith(("memd/", "vmm-hooks/", "guest-drivers/"))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return [line for lines in pool.map(tidy_one, names) for line in lines]
 

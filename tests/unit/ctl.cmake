@@ -15,4 +15,8 @@ target_compile_definitions(unit_ctl PRIVATE MEMD_PRELOAD_INSTALLED="/nowhere/lib
 target_compile_options(unit_ctl PRIVATE -Wno-missing-prototypes)
 target_link_libraries(unit_ctl PRIVATE memd_common memd_qemu PkgConfig::CRITERION PkgConfig::JANSSON
                       PkgConfig::LZ4)
+if(TARGET memvm)
+    target_compile_definitions(unit_ctl PRIVATE MEMVM_PATH="$<TARGET_FILE:memvm>")
+    add_dependencies(unit_ctl memvm)
+endif()
 add_test(NAME unit_ctl COMMAND unit_ctl)

@@ -115,3 +115,16 @@ Test(ctl_image, what_can_not_be_started)
     cr_expect(ctl_image_find("/tmp", &path) == -EACCES);
     cr_expect(ctl_image_inspect("/etc/passwd", reason, &linked) == -ENOEXEC);
 }
+
+Test(ctl_image, a_vmm_that_links_libmemd_needs_no_preloading)
+{
+    char reason[IMAGE_REASON_CHARS];
+    bool linked = true;
+
+    cr_assert(ctl_image_inspect("/proc/self/exe", reason, &linked) == 0);
+    cr_expect(!linked && reason[0] == '\0');
+#ifdef MEMVM_PATH
+    cr_assert(ctl_image_inspect(MEMVM_PATH, reason, &linked) == 0);
+    cr_expect(linked && reason[0] == '\0');
+#endif
+}

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -271,6 +272,35 @@ Test(host_restart, an_agent_that_reconnects_keeps_its_shares)
     cr_assert_eq(fake_domain(&fakes[0])->store.retired, retired);
     wrong = ksm_member_check(fake_domain(&fakes[0]));
     cr_assert_null(wrong, "%s", wrong);
+    clean_up(&world, fakes);
+}
+
+/* When the list of guests was written last. (Inodes come back.) */
+static uint64_t guests_written_ns(const struct world *world)
+{
+    char path[128];
+    struct stat status;
+
+    snprintf(path, sizeof(path), "%s/state/guests.json", world->dir);
+    cr_assert(stat(path, &status) == 0);
+    return (uint64_t)status.st_mtim.tv_sec * 1000000000U + (uint64_t)status.st_mtim.tv_nsec;
+}
+
+/* A hundred agents that come back at once must not wait for a hundred files. */
+Test(host_restart, agents_that_come_back_without_news_replace_no_file)
+{
+    struct world world;
+    struct fake fakes[2];
+    uint64_t before;
+
+    share_and_restart(&world, fakes);
+    before = guests_written_ns(&world);
+    for (int i = 0; i < 2; i++) {
+        come_back(&fakes[i], &world);
+        say_all_held(&fakes[i]);
+    }
+    UNTIL(&world, fakes, 2, fake_domain(&fakes[0])->store.users == 2 * PAGES);
+    cr_expect_eq(guests_written_ns(&world), before, "the list of guests was written again");
     clean_up(&world, fakes);
 }
 

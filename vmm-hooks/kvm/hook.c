@@ -52,6 +52,16 @@ static void complain(const char *what, int error)
     fprintf(stderr, "memvm: %s: %s; the guest runs without memd\n", what, strerror(-error));
 }
 
+/* Not a failure: the agent goes on trying, and memd may be started later. */
+static void say_when_unreachable(struct memd_vm *memd, const char *socket)
+{
+    struct memd_status status = {.size = sizeof(status)};
+
+    if (memd_get_status(memd, &status) == 0 && !status.connected)
+        fprintf(stderr, "memvm: memd does not answer at %s yet; the guest runs without it\n",
+                socket);
+}
+
 void hook_attach(struct machine *machine)
 {
     static const struct memd_ops ops = {
@@ -74,6 +84,7 @@ void hook_attach(struct machine *machine)
         complain("memd_attach", r);
         return;
     }
+    say_when_unreachable(machine->memd, options.socket);
     r = memd_ram_add(machine->memd, machine->memory.base, machine->memory.bytes, MEMD_RAM_FRESH);
     if (r < 0)
         complain("memd_ram_add", r);
