@@ -30,8 +30,9 @@
  * Every WANT, MERGE and REMAP gets exactly one answer. An OFFER of a page that is shared, or that a
  * MERGE is out for, is ignored: after NOT_MERGED the agent offers the page again. RAM_GONE ends all
  * shares of its pages, and what still comes about them is ignored. HELD_END and DROPPED
- * take effect after every entry that was written before them; a HELD that memd does not accept is answered by DETACH
- * with rejoin. The ids of segments go round at 2^17 - 1, once every holder has said DROPPED.
+ * take effect after every entry that was written before them; a HELD that memd does not accept is
+ * answered by DETACH with rejoin. The ids of segments go round at 2^17 - 1, once every holder has
+ * said DROPPED.
  *
  * Who trusts whom: memd checks every word from an agent (it copies an entry before looking at
  * it); an agent that lies loses its session. An agent trusts memd, which is root, except that it
