@@ -106,7 +106,8 @@ static void check_shared_bytes(struct sim_vmm *vmm)
                 found = &vmm->segments[k];
         }
         sim_content_expand(page->content, own);
-        if (!found || memcmp(found->bytes + SLOT_PAGE(page->slot) * PAGE_BYTES, own, PAGE_BYTES))
+        if (!found ||
+            memcmp(found->bytes + SLOT_PAGE(page->slot) * PAGE_BYTES, own, PAGE_BYTES) != 0)
             sim_wrong(vmm->sim, "page %u of %s does not read as what it was", i, vmm->name);
     }
 }

@@ -587,7 +587,10 @@ static void answer_want(struct sim_vmm *vmm, struct ring_entry entry)
     }
     if (!vmm->ring)
         return;
-    sim_content_expand(page->content, vmm->ring->pages[buffer]);
+    /* A liar promises one content and hands over another. */
+    sim_content_expand(vmm->liar && sim_host_once_in(&vmm->sim->host, 3) ? page->content + 1
+                                                                         : page->content,
+                       vmm->ring->pages[buffer]);
     vmm->buffer = (buffer + 1) % RING_PAGE_BUFFERS;
     sim_vmm_put(vmm, RING_PAGE, entry.page, buffer);
 }

@@ -470,7 +470,7 @@ void sim_walk(struct sim *sim, uint64_t steps)
             sim_check_tables(sim);
         if (sim->steps % REST_EVERY == 0 && !sim->wrong[0])
             sim_rest(sim);
-        if (sim->steps % (REST_EVERY * CLEAR_EVERY) == 0 && !sim->wrong[0])
+        if (sim->steps % ((uint64_t)REST_EVERY * CLEAR_EVERY) == 0 && !sim->wrong[0])
             sim_clear(sim);
     }
     if (!sim->wrong[0])
