@@ -453,6 +453,10 @@ static int receive(struct session *session)
     ssize_t got = recvmsg(session->fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     uint32_t fd_count;
 
+    /* An agent that closes before it has read all is told of once, and before its last messages:
+     * these are still there. */
+    if (got < 0 && errno == ECONNRESET)
+        got = recvmsg(session->fd, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (got < 0)
         return errno == EAGAIN || errno == EINTR ? -EAGAIN : -EPIPE;
     fd_count = collect_fds(&header, fds);

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -130,6 +131,26 @@ Test(host_guests, detaching_answers_when_every_page_is_private)
     UNTIL(&world, &fake, 1, world.daemon.domains.first == NULL);
     json_decref(json);
     fake_close(&fake);
+    world_stop(&world);
+}
+
+/* Whoever closes with something unread resets the connection; what it had said counts all the same.
+ */
+Test(host_guests, the_last_words_of_an_agent_that_has_not_read_all_are_heard)
+{
+    struct message_plain detached = {{MESSAGE_DETACHED, sizeof(detached)}};
+    struct world world;
+    struct fake fake;
+
+    world_start(&world, "");
+    fake_join(&fake, &world, "a", NULL, 64);
+    for (int i = 0; i < 20; i++)
+        fakes_turn(&world, &fake, 1);
+    fake.answers = false;
+    cr_assert_eq(agents_detach(fake.guest, false, "test"), 0);
+    (void)send(fake.fd, &detached, sizeof(detached), MSG_NOSIGNAL);
+    fake_close(&fake);
+    UNTIL(&world, NULL, 0, registry_find(&world.daemon, "a") == NULL);
     world_stop(&world);
 }
 
