@@ -78,7 +78,7 @@ static void blame(const struct visit *visit, uint32_t gen, uint32_t word, uint64
 /* At most one error a line. */
 static void verify_line(const struct visit *visit, uint32_t gen)
 {
-    volatile uint64_t *line = visit->page + visit->line * CONTENT_LINE_WORDS;
+    volatile uint64_t *line = visit->page + (uint64_t)visit->line * CONTENT_LINE_WORDS;
     uint64_t want[CONTENT_LINE_WORDS];
 
     content_line(visit->kind, visit->key, visit->line, visit->boot->seed, gen, want);
@@ -94,7 +94,7 @@ static void verify_line(const struct visit *visit, uint32_t gen)
 
 static void write_line(const struct visit *visit, uint32_t gen)
 {
-    volatile uint64_t *line = visit->page + visit->line * CONTENT_LINE_WORDS;
+    volatile uint64_t *line = visit->page + (uint64_t)visit->line * CONTENT_LINE_WORDS;
     uint64_t words[CONTENT_LINE_WORDS];
 
     content_line(visit->kind, visit->key, visit->line, visit->boot->seed, gen, words);

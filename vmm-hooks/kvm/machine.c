@@ -20,7 +20,7 @@
 #define ENTRY_WRITE    2U
 #define ENTRY_HUGE     0x80U
 #define TABLE_ENTRIES  512U
-#define GIB_MAPPED     4U
+#define GIB_MAPPED     4UL
 #define CR0_BITS       0x80010033U /* PG, WP, NE, ET, MP, PE */
 #define CR4_BITS       0x20U       /* PAE */
 #define EFER_BITS      0x500U      /* LMA, LME */

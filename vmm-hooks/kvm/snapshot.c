@@ -46,7 +46,7 @@ struct vcpu_state {
     struct kvm_sregs sregs;
     struct kvm_regs regs;
     struct kvm_xcrs xcrs;
-    struct kvm_xsave xsave;
+    _Alignas(64) uint8_t xsave[sizeof(struct kvm_xsave)];
     struct kvm_fpu fpu;
     struct kvm_debugregs debugregs;
     struct kvm_vcpu_events events;
@@ -83,14 +83,15 @@ static int complain(const char *path, int error)
 
 static bool access_msr(int fd, unsigned long request, uint32_t index, uint64_t *value)
 {
-    struct {
-        struct kvm_msrs head;
-        struct kvm_msr_entry entry;
-    } msr = {.head.nmsrs = 1, .entry = {.index = index, .data = *value}};
+    _Alignas(8) uint8_t room[sizeof(struct kvm_msrs) + sizeof(struct kvm_msr_entry)] = {0};
+    struct kvm_msrs *msrs = (struct kvm_msrs *)room;
 
-    if (ioctl(fd, request, &msr) != 1)
+    msrs->nmsrs = 1;
+    msrs->entries[0].index = index;
+    msrs->entries[0].data = *value;
+    if (ioctl(fd, request, msrs) != 1)
         return false;
-    *value = msr.entry.data;
+    *value = msrs->entries[0].data;
     return true;
 }
 
@@ -256,7 +257,7 @@ static bool is_ours(const struct header *header)
 
 int snapshot_open(const char *path, struct snapshot *ret_snapshot)
 {
-    struct header header;
+    struct header header = {0};
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     int r = fd < 0 ? -errno : read_all(fd, &header, sizeof(header), 0);
 
