@@ -37,7 +37,7 @@ struct control {
     struct daemon *daemon;
     struct server main, metrics;
     struct loop_timer second;
-    bool keeps_time; /* `second` is set */
+    bool keeps_time;                        /* `second` is set */
     char metrics_listen[CONFIG_WORD_BYTES]; /* where it does listen; "": nowhere */
     struct request *requests;
     gid_t group; /* memd; (gid_t)-1: this host has none */

@@ -47,7 +47,7 @@ struct scanner {
     uint32_t settle_ms; /* a huge page is cold when it has not changed for so long */
     bool lazy; /* set by the caller: what has been quiet for long is left out of most passes */
     uint32_t block_at, chunk_at;
-    struct survey survey; /* of chunk_at and what comes behind it */
+    struct survey survey;              /* of chunk_at and what comes behind it */
     uint64_t pending[HUGE_PAGES / 64]; /* candidates of the current chunk still to be looked at */
     bool have_pending;
     uint64_t pass_written;    /* pages found written in this pass */

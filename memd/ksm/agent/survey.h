@@ -6,8 +6,8 @@
  * turns than in looking. A survey asks the kernel once for a whole stretch of armed chunks, or of
  * empty ones, and doesn't ask at all about chunks in which every page is shared: who writes there
  * runs into the fault handler. (What a walk costs is the VMAs, not the pages: 250 ns each when they
- * are cold, and scattered shares have one a page.) It changes nothing and protects nothing; what it finds is looked at properly
- * afterwards, and what is written behind it is found by the next pass.
+ * are cold, and scattered shares have one a page.) It changes nothing and protects nothing; what it
+ * finds is looked at properly afterwards, and what is written behind it is found by the next pass.
  */
 #ifndef MEMD_KSM_AGENT_SURVEY_H
 #define MEMD_KSM_AGENT_SURVEY_H
