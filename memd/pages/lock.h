@@ -27,9 +27,20 @@ static inline bool lock_swap(struct lock *lock, uint32_t from, uint32_t to)
                                        __ATOMIC_RELAXED);
 }
 
+/* This thread's id, or 0 when it was not asked for yet (in this process: lock_reset). Initial-exec:
+ * no call into the dynamic linker, whatever locks of libc's are held. */
+extern __thread uint32_t lock_thread_id __attribute__((tls_model("initial-exec")));
+
+static inline uint32_t lock_self(void)
+{
+    if (lock_thread_id == 0)
+        lock_thread_id = (uint32_t)sys_call0(SYS_gettid);
+    return lock_thread_id;
+}
+
 static inline void lock_take(struct lock *lock)
 {
-    uint32_t self = (uint32_t)sys_call0(SYS_gettid);
+    uint32_t self = lock_self();
 
     /* FUTEX_LOCK_PI answers 0 when we have it, and an error when it is to be tried again (the
      * holder is just letting go or ending). */
@@ -40,7 +51,7 @@ static inline void lock_take(struct lock *lock)
 
 static inline void lock_release(struct lock *lock)
 {
-    if (!lock_swap(lock, (uint32_t)sys_call0(SYS_gettid), 0))
+    if (!lock_swap(lock, lock_self(), 0))
         sys_call2(SYS_futex, &lock->word, FUTEX_UNLOCK_PI_PRIVATE);
 }
 
@@ -48,6 +59,7 @@ static inline void lock_release(struct lock *lock)
 static inline void lock_reset(struct lock *lock)
 {
     __atomic_store_n(&lock->word, 0, __ATOMIC_RELEASE);
+    lock_thread_id = 0; /* the thread that forked has another one here */
 }
 
 #endif

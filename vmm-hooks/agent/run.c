@@ -111,6 +111,13 @@ static void count_vmas(struct memd_vm *vm)
     }
 }
 
+/* Counting reads /proc/self/maps, a microsecond a line. What was added is an upper bound, which is
+ * enough while it is far from the budget and more is added all the time. */
+static bool is_worth_counting(const struct memd_vm *vm, bool busy)
+{
+    return !busy || vm->vmas + vm->merge.vmas_added > vm->vma_limit / 4;
+}
+
 /* ---- setting up ---- */
 
 static void set_up(struct memd_vm *vm)
@@ -236,7 +243,7 @@ static void end_pass(struct memd_vm *vm)
     if (vm->interval_ms > vm->revisit_ms)
         vm->interval_ms = vm->revisit_ms ? vm->revisit_ms : 1;
     vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
-    if (vm->merge.vmas_added > 0)
+    if (vm->merge.vmas_added > 0 && is_worth_counting(vm, busy))
         count_vmas(vm);
     session_drop_again(vm);
     session_put(vm, RING_PASS, 0, vm->scanner.passes);

@@ -17,6 +17,10 @@
 #define CONNECT_RETRY_NS 1000000000ULL
 /* memd answers a full ring within milliseconds; a memd that does not for this long is stuck. */
 #define PUT_PATIENCE_NS 5000000000ULL
+/* memd reads what is in the ring in much less; a wait shorter than this costs more than it gives. */
+#define MOMENT_NS 200000L
+/* A second for a page buffer. */
+#define BUFFER_TRIES 5000
 /* Merge answers taken together: long enough for whole runs, short enough for one turn. */
 #define ANSWERS 512U
 
@@ -33,6 +37,16 @@ static void set_told(struct ram_block *block, uint32_t index, bool told)
         block->told[index / 64] &= ~told_bit(index);
 }
 
+/* A moment in which memd can read from the ring. Not woken by what memd says meanwhile: that stays
+ * unread until the ring's turn is over, and would wake at once each time. */
+static void wait_for_memd(struct memd_vm *vm)
+{
+    struct pollfd polled = {.fd = vm->stop_fd, .events = POLLIN};
+    struct timespec moment = {.tv_nsec = MOMENT_NS};
+
+    sys_call5(SYS_ppoll, &polled, 1, &moment, NULL, 8);
+}
+
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
 {
     uint64_t give_up = 0;
@@ -46,7 +60,7 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
             break;
         }
         rpc_ring(&vm->rpc);
-        session_wait(vm, 2000000);
+        wait_for_memd(vm);
     }
     return vm->rpc.fd >= 0;
 }
@@ -438,12 +452,12 @@ static void answer_want(struct memd_vm *vm, const struct ring_entry *entry)
     uint8_t *to = NULL;
     bool good = false;
 
-    for (int tries = 0; block && tries < 1000 && vm->rpc.fd >= 0; tries++) {
+    for (int tries = 0; block && tries < BUFFER_TRIES && vm->rpc.fd >= 0; tries++) {
         to = rpc_room(&vm->rpc, 2) ? rpc_page_buffer(&vm->rpc, &buffer) : NULL;
         if (to)
             break;
         rpc_ring(&vm->rpc);
-        session_wait(vm, 1000000);
+        wait_for_memd(vm);
     }
     if (to) {
         lock_take(&block->reading);
