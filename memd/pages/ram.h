@@ -77,7 +77,7 @@ struct chunk {
     uint8_t backoff;     /* hot: passes to skip before it is looked at again */
     uint8_t hot_passes;  /* armed: passes in a row in which nearly all of it was written; huge:
                             the last backoff */
-    uint8_t quiet;       /* armed: passes in a row that found nothing written */
+    uint8_t fruitless;   /* armed: looks in a row that found nothing new (scan.h) */
     uint32_t changed_ms; /* huge: when the samples last were not what they had been */
     uint32_t samples[CHUNK_SAMPLES];
 };

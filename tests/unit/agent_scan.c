@@ -250,6 +250,80 @@ static void need_huge_page(void)
         cr_skip_test("this machine gives no huge page");
 }
 
+/* Passes until the page has been offered `times` times; at most `limit`. */
+static uint32_t passes_until_offered(uint32_t page, uint32_t times, uint32_t limit)
+{
+    for (uint32_t n = 1; n <= limit; n++) {
+        pass();
+        if (offers[page] == times)
+            return n;
+    }
+    cr_assert_fail("page %u was offered %u times, not %u, after %u passes", page, offers[page],
+                   times, limit);
+    return 0;
+}
+
+Test(agent_scan, what_changes_after_a_long_rest_is_found_though_it_is_looked_at_less_often)
+{
+    scanner.lazy = true;
+    write_page(3, 1);
+    write_page(700, 1);
+    passes_until_offered(3, 1, 2);
+    for (uint32_t i = 0; i < 40; i++)
+        pass();
+    write_page(3, 2);
+    cr_assert_gt(passes_until_offered(3, 2, 16), 2);
+    write_page(4, 2); /* the chunk is awake again */
+    cr_assert_eq(passes_until_offered(4, 1, 2), 2);
+    cr_assert_eq(offers[700], 1);
+}
+
+Test(agent_scan, pages_that_change_all_the_time_keep_their_chunk_from_being_looked_at_each_pass)
+{
+    uint32_t looks = 0;
+
+    scanner.lazy = true;
+    for (uint32_t i = 0; i < 80; i++) {
+        uint64_t before = scanner.pass_written;
+        write_page(3, (uint8_t)i);
+        pass();
+        looks += i >= 40 && scanner.pass_written > before;
+    }
+    cr_assert_eq(looks, 5);
+    passes_until_offered(3, 1, 16);
+}
+
+Test(agent_scan, nobody_is_left_out_while_the_scan_is_in_a_hurry)
+{
+    write_page(3, 1);
+    for (uint32_t i = 0; i < 40; i++)
+        pass();
+    write_page(3, 2);
+    cr_assert_eq(passes_until_offered(3, 2, 2), 2);
+}
+
+Test(agent_scan, a_chunk_that_is_all_shared_is_looked_at_again_when_a_share_breaks)
+{
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        write_page(i, (uint8_t)(i % 255 + 1));
+    pass();
+    pass();
+    lock_take(&block->lock);
+    ram_move_places(&ram, block, 0, HUGE_PAGES, TRANSITION_SHARE);
+    lock_release(&block->lock);
+    cr_assert(ram_chunk_is_shared(block, 0));
+    write_page(5, 1);
+    pass();
+    pass();
+    cr_assert_eq(offers[5], 1);
+    lock_take(&block->lock);
+    ram_move_places(&ram, block, 5, 1, TRANSITION_BREAK);
+    lock_release(&block->lock);
+    cr_assert(!ram_chunk_is_shared(block, 0));
+    write_page(5, 2);
+    passes_until_offered(5, 2, 2);
+}
+
 Test(agent_scan_huge, a_hot_huge_page_is_left_alone)
 {
     for (uint8_t round = 1; round < 12; round++) {

@@ -96,11 +96,11 @@ enum question { LOOK, ASK_ARMED, ASK_EMPTY, NOTHING };
 /* Is it left out of this pass? Neighbours are left out of different ones. */
 static bool left_out(const struct survey *survey, const struct ram_block *block, uint32_t c)
 {
-    uint32_t quiet = block->chunks[c].quiet;
-    uint32_t every = quiet >= SURVEY_QUIET_8TH   ? 8
-                     : quiet >= SURVEY_QUIET_4TH ? 4
-                     : quiet >= SURVEY_QUIET_2ND ? 2
-                                                 : 1;
+    uint32_t fruitless = block->chunks[c].fruitless;
+    uint32_t every = fruitless >= SURVEY_FRUITLESS_8TH   ? 8
+                     : fruitless >= SURVEY_FRUITLESS_4TH ? 4
+                     : fruitless >= SURVEY_FRUITLESS_2ND ? 2
+                                                         : 1;
 
     return survey->lazy && (survey->pass + c / SURVEY_CHUNKS) % every != 0;
 }
@@ -127,21 +127,6 @@ static uint32_t stretch(const struct survey *survey, const struct ram_block *blo
     return c - first;
 }
 
-/* Chunks [first, end) were asked about. */
-static void count_quiet(const struct survey *survey, struct ram_block *block, uint32_t first,
-                        uint32_t end)
-{
-    for (uint32_t c = first; c < end; c++) {
-        struct chunk *chunk = &block->chunks[c];
-        if (!survey_is_quiet(survey, block, c)) {
-            chunk->quiet = 0;
-            continue;
-        }
-        chunk->hot_passes = 0;
-        chunk->quiet += chunk->quiet < UINT8_MAX;
-    }
-}
-
 void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_block *block,
                  uint32_t first, struct page_region *regions)
 {
@@ -158,12 +143,25 @@ void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_
             note_unknown(survey, block, c, c + run);
         else if (asked != NOTHING)
             ask_kernel(survey, ram, block, c, c + run, regions);
-        if (asked == ASK_ARMED)
-            count_quiet(survey, block, c, c + run);
     }
-    for (uint32_t c = first; c < end; c++)
+    for (uint32_t c = first; c < end; c++) {
+        if (left_out(survey, block, c))
+            continue;
         if (has_young(block, c))
             mark_busy(survey, c, c + 1);
+        if (survey_is_quiet(survey, block, c)) {
+            block->chunks[c].hot_passes = 0;
+            survey_count_fruitless(&block->chunks[c], false);
+        }
+    }
+}
+
+void survey_count_fruitless(struct chunk *chunk, bool fruit)
+{
+    if (fruit)
+        chunk->fruitless = 0;
+    else if (chunk->fruitless < UINT8_MAX)
+        chunk->fruitless++;
 }
 
 struct survey_extent survey_written(const struct survey *survey, const struct ram_block *block,

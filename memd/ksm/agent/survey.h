@@ -15,11 +15,13 @@
 #include "kernel_abi.h"
 #include "ram.h"
 
-/* A chunk that has been quiet for so many passes is looked at every 2nd, 4th, 8th pass while the
- * survey is lazy. (ksmd's smart_scan leaves pages out for up to 8 passes likewise, Linux 6.7.) */
-#define SURVEY_QUIET_2ND 4U
-#define SURVEY_QUIET_4TH 8U
-#define SURVEY_QUIET_8TH 16U
+/* A chunk at which so many looks in a row were fruitless is looked at every 2nd, 4th, 8th pass
+ * while the survey is lazy. Fruitless: no page became a candidate, and none was written but those
+ * that were written at the look before as well (an idle guest's kernel writes the same pages for
+ * ever). (As ksmd's smart_scan does with pages: skip_age() in mm/ksm.c, Linux 6.7.) */
+#define SURVEY_FRUITLESS_2ND 3U
+#define SURVEY_FRUITLESS_4TH 5U
+#define SURVEY_FRUITLESS_8TH 8U
 
 /* 32 MiB: its page tables are walked in 25 to 100 us, during which the block is locked. */
 #define SURVEY_CHUNKS 16U
@@ -35,7 +37,7 @@ struct survey {
     uint32_t first, end;
     uint32_t busy;
     uint32_t pass; /* set by the caller, as is `lazy` */
-    bool lazy;     /* what has been quiet for long is left out of most passes */
+    bool lazy;     /* where looks were fruitless for long is left out of most passes */
     struct survey_extent written[SURVEY_CHUNKS]; /* of armed chunks */
 };
 
@@ -43,6 +45,9 @@ struct survey {
  * the block's lock. */
 void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_block *block,
                  uint32_t first, struct page_region *regions);
+
+/* A look at an armed chunk is over: was there anything new? */
+void survey_count_fruitless(struct chunk *chunk, bool fruit);
 
 /* Where the survey saw writes in the armed chunk; all of it when it was not surveyed. */
 struct survey_extent survey_written(const struct survey *survey, const struct ram_block *block,

@@ -19,11 +19,13 @@
 #define REHASH_STEP    64U   /* slots */
 #define SWEEP_STEP     4096U /* pages */
 #define SWEEP_PAUSE_NS (5 * NS_PER_S)
+/* Between two looks for something to compact. */
+#define IDLE_LOOK_NS (8 * NS_PER_S)
 
 static bool step_retiring(struct loop_task *task);
 static bool step_rehashing(struct loop_task *task);
 static bool step_sweep(struct loop_task *task);
-static void every_second(struct loop_timer *timer);
+static void look_after(struct loop_timer *timer);
 
 /* The tag under which a reference stands in the index. */
 static uint32_t tag_of(const void *owner, uint32_t ref)
@@ -47,7 +49,7 @@ static void prepare(struct trust_domain *domain, const struct trust_domain_setup
     domain->retire_task = (struct loop_task){.step = step_retiring, .owner = domain};
     domain->rehash_task = (struct loop_task){.step = step_rehashing, .owner = domain};
     domain->sweep_task = (struct loop_task){.step = step_sweep, .owner = domain};
-    domain->second = (struct loop_timer){.expired = every_second, .owner = domain};
+    domain->chores = (struct loop_timer){.expired = look_after, .owner = domain};
 }
 
 static int start_parts(struct trust_domain *domain, const struct trust_domain_setup *setup)
@@ -104,7 +106,7 @@ int trust_domain_start(const char *name, bool own, const struct trust_domain_set
     result = start_parts(domain, setup);
     if (result)
         goto undo_chunks;
-    loop_timer_set(domain->loop, &domain->second, NS_PER_S);
+    loop_timer_set(domain->loop, &domain->chores, NS_PER_S);
     *ret_domain = domain;
     return 0;
 undo_chunks:
@@ -116,7 +118,7 @@ undo_domain:
 
 void trust_domain_stop(struct trust_domain *domain, bool forget)
 {
-    loop_timer_cancel(domain->loop, &domain->second);
+    loop_timer_cancel(domain->loop, &domain->chores);
     loop_task_cancel(domain->loop, &domain->retire_task);
     loop_task_cancel(domain->loop, &domain->rehash_task);
     loop_task_cancel(domain->loop, &domain->sweep_task);
@@ -378,13 +380,16 @@ static bool step_sweep(struct loop_task *task)
     return true;
 }
 
-static void every_second(struct loop_timer *timer)
+/* What can wait: soon while something is known to wait, else now and then. There may be a domain a
+ * guest. */
+static void look_after(struct loop_timer *timer)
 {
     struct trust_domain *domain = timer->owner;
     const struct ksm_budget *budget = domain->store.budget;
     uint64_t now = loop_now(domain->loop);
 
-    loop_timer_set(domain->loop, timer, NS_PER_S);
+    loop_timer_set(domain->loop, timer,
+                   domain->settled_ns || domain->missed ? NS_PER_S : IDLE_LOOK_NS);
     if (domain->settled_ns && now >= domain->settled_ns) {
         domain->settled_ns = 0;
         trust_domain_retire_soon(domain);

@@ -87,7 +87,7 @@ struct trust_domain {
 
     struct loop_task retire_task, rehash_task, sweep_task;
     struct ksm_compact *compact;       /* NULL: none is going on */
-    struct loop_timer second;          /* looks once a second for a sweep or a compaction to do */
+    struct loop_timer chores;          /* looks now and then for a sweep or a compaction to do */
     uint32_t sweep_member, sweep_page; /* where the sweep stands */
     uint64_t swept_ns;                 /* when the last one ended */
     uint64_t settled_ns; /* until then segments without users wait for agents that come back */
