@@ -17,7 +17,8 @@
 #define CONNECT_RETRY_NS 1000000000ULL
 /* memd answers a full ring within milliseconds; a memd that does not for this long is stuck. */
 #define PUT_PATIENCE_NS 5000000000ULL
-/* memd reads what is in the ring in much less; a wait shorter than this costs more than it gives. */
+/* memd reads what is in the ring in much less; a wait shorter than this costs more than it gives.
+ */
 #define MOMENT_NS 200000L
 /* A second for a page buffer. */
 #define BUFFER_TRIES 5000
