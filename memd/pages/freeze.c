@@ -13,7 +13,10 @@ int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, 
 
     if (pages > FREEZE_MAX_PAGES)
         pages = FREEZE_MAX_PAGES;
-    moved = uffd_move(ram->guest_fd, ram->staging, ram_address(block, index), pages * PAGE_BYTES);
+    if (ram->staged + pages > FREEZE_MAX_PAGES)
+        freeze_empty(ram);
+    moved = uffd_move(ram->guest_fd, freeze_bytes(ram, 0), ram_address(block, index),
+                      pages * PAGE_BYTES);
     return moved < 0 ? (int)moved : (int)(moved / (long)PAGE_BYTES);
 }
 
@@ -51,7 +54,14 @@ void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t inde
 void freeze_thaw(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     uffd_wake(ram->guest_fd, ram_address(block, index), pages * PAGE_BYTES);
-    sys_madvise(ram->staging, pages * PAGE_BYTES, MADV_DONTNEED);
+    ram->staged += pages;
+}
+
+void freeze_empty(struct guest_ram *ram)
+{
+    if (ram->staged > 0)
+        sys_madvise(ram->staging, ram->staged * PAGE_BYTES, MADV_DONTNEED);
+    ram->staged = 0;
 }
 
 int freeze_probe(struct guest_ram *ram)

@@ -28,7 +28,7 @@ int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, 
 /* The bytes of the i-th frozen page. */
 static inline uint8_t *freeze_bytes(const struct guest_ram *ram, uint32_t i)
 {
-    return ram->staging + (size_t)i * PAGE_BYTES;
+    return ram->staging + (size_t)(ram->staged + i) * PAGE_BYTES;
 }
 
 /* Gives `pages` frozen pages, from the `staged`-th on, back to the guest at `index`. Can't fail:
@@ -37,8 +37,13 @@ static inline uint8_t *freeze_bytes(const struct guest_ram *ram, uint32_t i)
 void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
                    uint32_t pages);
 
-/* Ends a freeze of `pages` pages at `index`: empties the staging area and wakes whoever waits. */
+/* Ends a freeze of `pages` pages at `index`: wakes whoever waits. Bytes that were not given back
+ * stay in the staging area until freeze_empty, or until a freeze needs the room: to free single
+ * pages one by one costs as much as to move them. */
 void freeze_thaw(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
+
+/* Frees what earlier freezes have left in the staging area. Between freezes, on their thread. */
+void freeze_empty(struct guest_ram *ram);
 
 /* Tries MOVE there and back on two pages of our own. 0 or -errno. */
 int freeze_probe(struct guest_ram *ram);

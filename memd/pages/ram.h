@@ -114,6 +114,7 @@ struct guest_ram {
     int shadow_fd;
     int pagemap_fd;
     uint8_t *staging; /* FREEZE_MAX_PAGES pages, registered with guest_fd */
+    uint32_t staged;  /* of these, from the first on: used by freezes that are over */
     struct page_source sources[PLACE_COUNT];
     uintptr_t lowest; /* of all live blocks */
     uintptr_t highest;

@@ -12,6 +12,7 @@
 
 #include "agent.h"
 #include "descriptors.h"
+#include "freeze.h"
 #include "procfs.h"
 
 #define FIRST_INTERVAL_MS 1000U
@@ -301,6 +302,7 @@ static void turn(struct memd_vm *vm)
     if (vm->rpc.fd < 0 && !vm->detached && run_now_ns() >= vm->next_connect_ns)
         session_open(vm);
     wait = scan_turn(vm);
+    freeze_empty(&vm->ram);
     if (vm->rpc.fd >= 0) {
         rpc_ring(&vm->rpc);
     } else if (!vm->detached && wait > 1000000000ULL) {
