@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum kind {
     KIND_SIZE,
@@ -493,6 +494,7 @@ static bool guests_domains_exist(struct parse *parse)
 int config_load(const char *path, struct config *ret_config, char *error)
 {
     struct parse parse = {.path = path, .error = error};
+    struct stat st;
     int bad_line;
 
     error[0] = '\0';
@@ -501,6 +503,11 @@ int config_load(const char *path, struct config *ret_config, char *error)
         int result = -errno;
         snprintf(error, CONFIG_ERROR_BYTES, "%s: %s", path, strerror(errno));
         return result;
+    }
+    if (fstat(fileno(parse.file), &st) || S_ISDIR(st.st_mode)) {
+        fclose(parse.file);
+        snprintf(error, CONFIG_ERROR_BYTES, "%s: is no file", path);
+        return -EINVAL;
     }
     config_defaults(&parse.config);
     bad_line = ini_parse_stream(read_line, &parse, take_line, &parse);

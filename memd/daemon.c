@@ -315,6 +315,7 @@ void daemon_reload(struct daemon *daemon)
     }
     if (config_load(daemon->config_path, &fresh, error)) {
         log_error("%s; nothing was changed", error);
+        events_emit(&daemon->events, "config_rejected", NULL, json_pack("{s:s}", "reason", error));
         return;
     }
     say_what_needs_a_restart(&old, &fresh);

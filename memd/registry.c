@@ -395,6 +395,14 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
                  daemon->ledger.mismatches_now);
         return -EBUSY;
     }
+    /* Whether it admits the VMM's uid is decided by the agent's hello: the VMM may change its own.
+     */
+    if (wish->domain[0] && !config_domain_find(&daemon->config, wish->domain)) {
+        snprintf(words, words_bytes,
+                 "domain '%s': there is no such domain in memd.conf; add [domain %s] with uids",
+                 wish->domain, wish->domain);
+        return -EPERM;
+    }
     return check_promise(daemon, NULL, wish, words, words_bytes);
 }
 

@@ -24,10 +24,24 @@
 #include "analyze_source.h"
 #include "hash.h"
 
-#define LOOKS          3
-#define CHUNK_PAGES    512U
-#define PAGEMAP_THERE  (3ULL << 62) /* bit 63: present; bit 62: swapped */
-#define MAP_LINE_CHARS 4352
+#define LOOKS           3
+#define CHUNK_PAGES     512U
+#define PAGEMAP_PRESENT (1ULL << 63)
+#define PAGEMAP_SWAPPED (1ULL << 62)
+/* A swapped page's lowest five bits are the swap type, the highest of which are no swap files but
+ * markers in empty entries (SWP_PTE_MARKER, include/linux/swap.h): userfaultfd leaves them where an
+ * absent page is write-protected. */
+#define PAGEMAP_SWAP_TYPE   0x1fULL
+#define PAGEMAP_MARKER_TYPE 0x1fULL
+#define MAP_LINE_CHARS      4352
+
+/* Is there a page behind this entry of /proc/PID/pagemap, in memory or in swap? */
+static bool has_page(uint64_t entry)
+{
+    if (entry & PAGEMAP_PRESENT)
+        return true;
+    return (entry & PAGEMAP_SWAPPED) && (entry & PAGEMAP_SWAP_TYPE) != PAGEMAP_MARKER_TYPE;
+}
 
 struct mapping {
     uint64_t start, end;
@@ -173,7 +187,7 @@ static int is_there(const struct snapshot *snapshot, uint64_t hva, uint64_t entr
 
     if (mapping && mapping->shared)
         return -EMEDIUMTYPE;
-    *ret_there = (entry & PAGEMAP_THERE) || (mapping && mapping->file);
+    *ret_there = has_page(entry) || (mapping && mapping->file);
     return 0;
 }
 

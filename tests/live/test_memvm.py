@@ -2,6 +2,7 @@
 """memvm: guests under the real /dev/kvm, in a VMM that links libmemd."""
 import ctypes
 import itertools
+import json
 import os
 import random
 import signal
@@ -46,6 +47,11 @@ def memvm_guest_shares_within_itself():
             raise Failure("the agent was preloaded into a VMM that is linked with it")
         if lab.guest_status("alone")["vmm"] != "memvm":
             raise Failure(f"memd takes memvm for {lab.guest_status('alone')['vmm']!r}")
+        status, said, why = lab.memctl("analyze", "--no-compression", "--json", "guest:alone")
+        if status != 0:  # it has absent pages that userfaultfd has left its markers at
+            raise Failure(f"analyze: {why}")
+        if json.loads(said)["pages"] != sum(lab.guest_status("alone")["places"].values()):
+            raise Failure("analyze has not looked at all of the guest's pages")
         guest.report()
         stop_all(lab)
 

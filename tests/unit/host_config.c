@@ -127,4 +127,6 @@ Test(host_config, a_file_that_is_not_there_is_an_error)
 
     cr_assert_eq(config_load("/nowhere/memd.conf", &config, error), -ENOENT);
     cr_assert_not_null(strstr(error, "/nowhere/memd.conf"));
+    cr_assert_eq(config_load("/tmp", &config, error), -EINVAL);
+    cr_assert_not_null(strstr(error, "is no file"));
 }
