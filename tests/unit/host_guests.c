@@ -47,9 +47,9 @@ Test(host_guests, registering_asks_for_what_is_needed_and_refuses_the_rest)
         http_status(&world, "POST", "/v1/guests",
                     "{\"name\":\"b\",\"pid\":1,\"max_bytes\":\"4G\",\"min_bytes\":\"2G\"}"),
         409, "the guarantee is more than the budget");
-    cr_assert_eq(http_status(&world, "POST", "/v1/guests",
-                             registration("b", ",\"domain\":\"none\"")),
-                 409, "no such domain");
+    cr_assert_eq(
+        http_status(&world, "POST", "/v1/guests", registration("b", ",\"domain\":\"none\"")), 409,
+        "no such domain");
     cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"web\"}"), 409);
     cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"domain\":\"none\"}"), 409);
     cr_assert_eq(http_status(&world, "PATCH", "/v1/guests/a", "{\"shares\":12}"), 200);
