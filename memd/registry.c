@@ -374,10 +374,34 @@ static void enlist(struct guest *guest)
     ledger_open(&guest->daemon->ledger, &guest->account);
 }
 
+/* memd's own count: what an account has as managed is what its guest's blocks sum to. When that
+ * does not hold nothing that memd says can be relied on, whatever the agents say. */
+static int check_books(struct daemon *daemon, char *words, size_t words_bytes)
+{
+    for (const struct guest *guest = daemon->registry.first; guest; guest = guest->next) {
+        uint64_t pages = 0;
+
+        for (uint32_t i = 0; i < guest->block_count; i++)
+            pages += guest->blocks[i].managed ? guest->blocks[i].pages : 0;
+        if (pages == guest->account.managed_pages)
+            continue;
+        snprintf(words, words_bytes,
+                 "memd's own count of the pages of guest '%s' does not add up: nobody is admitted "
+                 "until memd is started again or that guest has gone",
+                 guest->name);
+        log_error("%s", words);
+        events_emit(&daemon->events, "ledger_mismatch", guest->name,
+                    json_pack("{s:I}", "managed_pages", (json_int_t)guest->account.managed_pages));
+        return -EBUSY;
+    }
+    return 0;
+}
+
 static int may_come(struct daemon *daemon, const struct guest_request *request,
                     const struct guest_wish *wish, char *words, size_t words_bytes)
 {
     struct guest *same = registry_find(daemon, request->name);
+    int result;
 
     if (same && same->death.fd < 0 && same->presence == AGENT_NONE) {
         registry_remove(same, "guest_gone", "its process has ended and its name was taken again");
@@ -388,14 +412,8 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
                  request->name, (int)same->pid);
         return -EEXIST;
     }
-    if (daemon->ledger.mismatches_now) {
-        snprintf(words, words_bytes,
-                 "the ledger does not add up for %u guest(s), see ledger_mismatch in the log; "
-                 "nobody is admitted until it does",
-                 daemon->ledger.mismatches_now);
-        return -EBUSY;
-    }
-    return check_promise(daemon, NULL, wish, words, words_bytes);
+    result = check_books(daemon, words, words_bytes);
+    return result ? result : check_promise(daemon, NULL, wish, words, words_bytes);
 }
 
 int registry_add(struct daemon *daemon, const struct guest_request *request,
@@ -462,7 +480,7 @@ static void take_apart(struct guest *guest)
     registry->departed_merges += guest->stats.merges;
     registry->departed_unmerges += guest->stats.unmerges;
     registry->departed_mismatches += guest->stats.mismatches;
-    ledger_close(&daemon->ledger, &guest->account);
+    ledger_close(&guest->account);
     while (*place && *place != guest)
         place = &(*place)->next;
     if (*place) {
@@ -513,7 +531,7 @@ int registry_agent_came(struct guest *guest, struct session *session, pid_t pid,
     guest->has_stats = guest->places_stated = false;
     guest->block_count = 0;
     guest->account.managed_pages = 0;
-    ledger_forget_places(&daemon->ledger, &guest->account);
+    ledger_forget_places(&guest->account);
     loop_timer_cancel(&daemon->loop, &guest->hello_timer);
     loop_timer_cancel(&daemon->loop, &guest->grace_timer);
     /* After a restart all agents come back at once. To replace a file may take longer than an agent
@@ -536,11 +554,10 @@ void registry_agent_left(struct guest *guest, const char *why)
 {
     struct daemon *daemon = guest->daemon;
 
-    registry_let_go(guest);
-    guest->lost = guest->session;
+    guest->lost = agents_keep_one(guest->lost, guest->session);
     guest->session = NULL;
     guest->presence = AGENT_LOST;
-    ledger_forget_places(&daemon->ledger, &guest->account);
+    ledger_forget_places(&guest->account);
     if (host_process_is_exiting(guest->pid))
         return; /* its pidfd says the rest in a moment */
     log_warning("guest '%s': its agent is gone: %s; it runs on with what it shares", guest->name,
