@@ -299,16 +299,18 @@ static int handle_ram(struct session *session, const void *message, int *fds, ch
     const struct message_ram *ram = message;
     struct guest *guest = session->guest;
     struct guest_block *block;
+    bool had_room = session->member->pages == session->member->announced;
     int result = check_ram(session, ram, words, words_bytes);
 
     (void)fds;
     if (result)
         return result;
     if (ram->managed) {
-        if (ksm_member_grow(session->member, ram->first_page + ram->pages))
-            log_warning("guest '%s': its trust domain has no room to know all of its RAM: of the "
-                        "block at page %u not everything is shared",
-                        guest->name, ram->first_page);
+        if (ksm_member_grow(session->member, ram->first_page + ram->pages) && had_room)
+            log_warning(
+                "guest '%s': its trust domain has no room to know all of its RAM: what lies "
+                "behind the first %u pages is not shared",
+                guest->name, session->member->pages);
         session->next_page = ram->first_page + ram->pages;
         guest->account.managed_pages += ram->pages;
         guest->places_stated = false;

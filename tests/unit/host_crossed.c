@@ -523,8 +523,7 @@ Test(host_crossed, claims_without_end_leave_room_for_neighbours)
     fake_put(&liars[LIARS - 1], RING_OFFER, GUEST_MAX_PAGES - 1, 42);
     fake_put(&liars[LIARS - 1], RING_STALE, GUEST_MAX_PAGES - 1, 0);
     fake_bell(&liars[LIARS - 1]);
-    UNTIL(&world, fakes, 2,
-          liars[LIARS - 1].ring->to_memd.tail == liars[LIARS - 1].own_head);
+    UNTIL(&world, fakes, 2, liars[LIARS - 1].ring->to_memd.tail == liars[LIARS - 1].own_head);
     cr_assert_eq(world.daemon.agents.ended_badly, 0);
     for (int i = 0; i < LIARS; i++)
         fake_close(&liars[i]);

@@ -16,8 +16,8 @@
  *
  * Invariants that are looked at (sim_check.c): an honest agent is never asked to share a page with
  * content that it never offered, never loses its session (and is not called a liar when it has hung
- * up itself), and never gets a segment of another domain; at rest the figures of memd are the agents'; what nobody uses any more is closed; one
- * turn of the loop does a bounded amount of work.
+ * up itself), and never gets a segment of another domain; at rest the figures of memd are the
+ * agents'; what nobody uses any more is closed; one turn of the loop does a bounded amount of work.
  *
  * Not simulated: the agent's own machinery (freeze, remap, faults), which tests/unit and tests/live
  * have; the control socket, except that its status is what is compared.
@@ -114,7 +114,7 @@ struct sim_options {
     bool weak_hashes; /* different contents collide all the time */
     bool restarts;    /* memd is stopped and started again */
     bool slow;        /* so much time between two things that many small segments come about */
-    bool cuts;        /* memd stands still for seconds; connections break in the middle of greetings */
+    bool cuts; /* memd stands still for seconds; connections break in the middle of greetings */
     bool verbose;
 };
 

@@ -369,10 +369,10 @@ static const struct {
     uint32_t weight;
     void (*let)(struct sim *sim);
 } events[] = {
-    {600, let_act},         {250, let_write},    {120, let_pass},     {60, let_lie},
-    {250, let_turn},        {90, let_time_pass}, {5, let_disconnect}, {3, let_die},
-    {12, let_come},         {4, let_stall},      {6, let_plug},       {2, let_detach},
-    {1, let_config_change}, {1, let_restart}, {4, let_stand_still},
+    {600, let_act},         {250, let_write},    {120, let_pass},      {60, let_lie},
+    {250, let_turn},        {90, let_time_pass}, {5, let_disconnect},  {3, let_die},
+    {12, let_come},         {4, let_stall},      {6, let_plug},        {2, let_detach},
+    {1, let_config_change}, {1, let_restart},    {4, let_stand_still},
 };
 #define EVENTS (sizeof(events) / sizeof(events[0]))
 
@@ -414,6 +414,8 @@ static const char *is_at(const struct sim *sim)
 {
     const char *what = sim->daemon.loop.first_task ? "the loop has tasks" : NULL;
 
+    if (sim->daemon.registry.saver.taken)
+        what = "the list of guests is being written";
     for (uint32_t i = 0; i < SIM_VMMS; i++) {
         if (!sim_vmm_is_idle(&sim->vmms[i]))
             return "an agent has something to read, or memd has";

@@ -305,8 +305,7 @@ bool ksm_member_page_is_gone(const struct ksm_member *member, uint32_t page)
 {
     uint32_t at = find_gone(member, page);
 
-    return page >= member->pages ||
-           (at < member->gone_count && member->gone[at].first <= page);
+    return page >= member->pages || (at < member->gone_count && member->gone[at].first <= page);
 }
 
 /* From gone_page on; a page that was let go before costs a look. */

@@ -51,8 +51,8 @@ struct ksm_segment {
     uint64_t age;     /* the store's count of published segments when this one was */
     uint32_t *tags;
     uint32_t *users_of; /* HAVE may bring more than KSM_SLOT_USERS_MAX: it tells what is so */
-    bool pinned;     /* at work on it: not retired, whatever its users */
-    uint32_t *moved; /* SPARSE, while users are being moved: the new slot of each page */
+    bool pinned;        /* at work on it: not retired, whatever its users */
+    uint32_t *moved;    /* SPARSE, while users are being moved: the new slot of each page */
     struct ksm_segment *next, *previous; /* all segments of the store */
 };
 
