@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -35,7 +36,11 @@ struct server {
     struct control *control;
     struct MHD_Daemon *mhd;
     struct loop_watch watch;
-    struct loop_watch listener; /* of the control socket; the other one's is MHD's */
+    /* Of the control socket; the other one's is MHD's. It is watched through an epoll of its own:
+     * what io_uring polls outlives a memd that was killed for a moment, and would answer the next
+     * one. */
+    struct loop_watch arrivals;
+    int listener;
     bool metrics_only;
 };
 
@@ -870,7 +875,7 @@ static void can_accept(struct loop_watch *watch, uint32_t events)
 
     (void)events;
     for (int i = 0; i < ACCEPT_TURN; i++) {
-        int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        int fd = accept4(server->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
         if (fd < 0)
             break;
@@ -885,12 +890,32 @@ static void can_accept(struct loop_watch *watch, uint32_t events)
     keep_time(server->control);
 }
 
+static int start_listening(struct server *server)
+{
+    struct epoll_event event = {.events = EPOLLIN};
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+
+    if (fd < 0)
+        return -errno;
+    server->arrivals = (struct loop_watch){.fd = fd,
+                                           .events = POLLIN,
+                                           .level = true,
+                                           .ready = can_accept,
+                                           .owner = server,
+                                           .op = LOOP_NOT_QUEUED};
+    if (epoll_ctl(fd, EPOLL_CTL_ADD, server->listener, &event))
+        return -errno;
+    return loop_watch_add(&server->control->daemon->loop, &server->arrivals);
+}
+
 static void stop_listening(struct server *server)
 {
-    loop_watch_remove(&server->control->daemon->loop, &server->listener);
-    if (server->listener.fd >= 0)
-        close(server->listener.fd);
-    server->listener.fd = -1;
+    loop_watch_remove(&server->control->daemon->loop, &server->arrivals);
+    if (server->arrivals.fd >= 0)
+        close(server->arrivals.fd);
+    if (server->listener >= 0)
+        close(server->listener);
+    server->arrivals.fd = server->listener = -1;
 }
 
 static void stop_server(struct control *control, struct server *server)
@@ -919,12 +944,8 @@ static int start_server(struct control *control, struct server *server, int list
 
     *server = (struct server){.control = control,
                               .metrics_only = metrics_only,
-                              .listener = {.fd = metrics_only ? -1 : listener,
-                                           .events = POLLIN,
-                                           .level = true,
-                                           .ready = can_accept,
-                                           .owner = server,
-                                           .op = LOOP_NOT_QUEUED}};
+                              .listener = metrics_only ? -1 : listener,
+                              .arrivals = {.fd = -1, .op = LOOP_NOT_QUEUED}};
     server->mhd = MHD_start_daemon(
         MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | (metrics_only ? 0 : MHD_USE_NO_LISTEN_SOCKET), 0,
         NULL, NULL, handle, server, MHD_OPTION_NOTIFY_COMPLETED, completed, NULL,
@@ -944,7 +965,7 @@ static int start_server(struct control *control, struct server *server, int list
                                         .op = LOOP_NOT_QUEUED};
     result = loop_watch_add(&control->daemon->loop, &server->watch);
     if (!result && !metrics_only)
-        result = loop_watch_add(&control->daemon->loop, &server->listener);
+        result = start_listening(server);
     if (result)
         stop_server(control, server);
     return result;

@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -337,6 +339,36 @@ Test(host_restart, a_killed_memd_leaves_a_directory_that_the_next_one_can_use, .
     }
     world_restart(&world, web());
     cr_assert_not_null(registry_find(&world.daemon, "a"));
+    world_stop(&world);
+}
+
+static void wait_for_answer(const struct world *world)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s/memd.sock", world->dir);
+    while (connect(fd, (struct sockaddr *)&address, sizeof(address)))
+        usleep(1000);
+    close(fd);
+}
+
+/* What io_uring polls lives on for a moment after a kill. */
+Test(host_restart, a_killed_memd_does_not_answer_any_more, .timeout = 60)
+{
+    struct world world;
+
+    world_start(&world, web());
+    for (int round = 0; round < 10; round++) {
+        pid_t pid;
+
+        daemon_stop(&world.daemon);
+        pid = start_victim(&world);
+        wait_for_answer(&world);
+        kill(pid, SIGKILL);
+        cr_assert_eq(waitpid(pid, NULL, 0), pid);
+        world_restart(&world, web());
+    }
     world_stop(&world);
 }
 

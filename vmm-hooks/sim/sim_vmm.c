@@ -41,6 +41,7 @@ static void hang_up(struct sim_vmm *vmm)
     vmm->ring = NULL;
     vmm->fd = -1;
     vmm->todo_count = 0;
+    vmm->rung = false;
     vmm->must_end_by = 0;
     vmm->link = SIM_ALONE;
     vmm->next_connect_ns = vmm->sim->host.now_ns + 100 * NS_PER_MS;
