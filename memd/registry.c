@@ -401,8 +401,10 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
                     const struct guest_wish *wish, char *words, size_t words_bytes)
 {
     struct guest *same = registry_find(daemon, request->name);
-    int result;
+    int result = check_books(daemon, words, words_bytes);
 
+    if (result)
+        return result;
     if (same && same->death.fd < 0 && same->presence == AGENT_NONE) {
         registry_remove(same, "guest_gone", "its process has ended and its name was taken again");
         same = NULL;
@@ -412,8 +414,7 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
                  request->name, (int)same->pid);
         return -EEXIST;
     }
-    result = check_books(daemon, words, words_bytes);
-    return result ? result : check_promise(daemon, NULL, wish, words, words_bytes);
+    return check_promise(daemon, NULL, wish, words, words_bytes);
 }
 
 int registry_add(struct daemon *daemon, const struct guest_request *request,
