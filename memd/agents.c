@@ -299,18 +299,18 @@ static int handle_ram(struct session *session, const void *message, int *fds, ch
     const struct message_ram *ram = message;
     struct guest *guest = session->guest;
     struct guest_block *block;
+    bool had_room = session->member->pages == session->member->announced;
     int result = check_ram(session, ram, words, words_bytes);
 
     (void)fds;
     if (result)
         return result;
     if (ram->managed) {
-        result = ksm_member_grow(session->member, ram->first_page + ram->pages);
-        if (result) {
-            snprintf(words, words_bytes, "memd has no room for its RAM block: %s",
-                     strerror(-result));
-            return -EPROTO;
-        }
+        if (ksm_member_grow(session->member, ram->first_page + ram->pages) && had_room)
+            log_warning(
+                "guest '%s': its trust domain has no room to know all of its RAM: what lies "
+                "behind the first %u pages is not shared",
+                guest->name, session->member->pages);
         session->next_page = ram->first_page + ram->pages;
         guest->account.managed_pages += ram->pages;
         guest->places_stated = false;
@@ -378,15 +378,20 @@ static int handle_held(struct session *session, const void *message, int *fds, c
     (void)words_bytes;
     if (result == 0)
         fds[0] = -1;
-    if (result && result != -EEXIST) {
-        /* It is not what the records say, or they are lost: the agent starts afresh. */
-        log_warning("guest '%s': segment %u can't be taken back (%s): its pages become private",
-                    session->guest->name, held->segment, strerror(-result));
-        (void)agents_detach(session->guest, true, "memd does not know a segment that you hold");
+    if (result == 0 || result == -EEXIST) {
+        trust_domain_held(session->member, ksm_store_segment(&domain->store, held->segment));
         return 0;
     }
-    trust_domain_held(session->member, ksm_store_segment(&domain->store, held->segment));
-    return 0;
+    if (!is_welcome(session))
+        return 0; /* it has been told to start afresh */
+    /* It is not what the records say, or they are lost. */
+    log_warning("guest '%s': segment %u can't be taken back (%s): its pages become private",
+                session->guest->name, held->segment, strerror(-result));
+    /* Who can't be told has hung up, and what it has said of the segment is still in the ring: that
+     * is no lie. */
+    return agents_detach(session->guest, true, "memd does not know a segment that you hold")
+               ? -EPIPE
+               : 0;
 }
 
 static int handle_held_end(struct session *session, const void *message, int *fds, char *words,
@@ -441,14 +446,20 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
 {
     const struct message_stats *stats = message;
     struct guest *guest = session->guest;
-    struct ledger *ledger = &session->daemon->ledger;
-    bool was_wrong = guest->account.mismatch;
     enum agent_state before =
         guest->has_stats ? (enum agent_state)guest->stats.state : AGENT_ACTIVE;
 
     (void)fds;
     if (stats->state >= AGENT_STATE_COUNT) {
         snprintf(words, words_bytes, "it is in no state that there is");
+        return -EPROTO;
+    }
+    if (!ledger_state_places(&session->daemon->ledger, &guest->account, stats->places)) {
+        snprintf(words, words_bytes,
+                 "the places of its pages do not sum to the %llu pages that are managed",
+                 (unsigned long long)guest->account.managed_pages);
+        events_emit(&session->daemon->events, "ledger_mismatch", guest->name,
+                    json_pack("{s:I}", "managed_pages", (json_int_t)guest->account.managed_pages));
         return -EPROTO;
     }
     guest->stats = *stats;
@@ -458,15 +469,6 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
     if (!session->scanner && !session->handler)
         session->cpu_ns = stats->cpu_ns;
     say_state(guest, before, (enum agent_state)stats->state, guest->stats.reason);
-    if (!ledger_state_places(ledger, &guest->account, stats->places) && !was_wrong) {
-        log_error("guest '%s': the places of its pages do not sum to the %llu pages that are "
-                  "managed: no guest is admitted until they do",
-                  guest->name, (unsigned long long)guest->account.managed_pages);
-        events_emit(&session->daemon->events, "ledger_mismatch", guest->name,
-                    json_pack("{s:I}", "managed_pages", (json_int_t)guest->account.managed_pages));
-    } else if (was_wrong && !guest->account.mismatch) {
-        events_emit(&session->daemon->events, "ledger_sums_again", guest->name, NULL);
-    }
     return 0;
 }
 
@@ -540,6 +542,22 @@ void agents_detached(struct session *session)
     registry_let_go(guest);
     if (!rejoin)
         registry_remove(guest, "detached", "detached: every page is private again");
+}
+
+struct session *agents_keep_one(struct session *before, struct session *now)
+{
+    uint64_t shared = now->member ? now->member->shared : 0;
+    bool enough = before && before->member && before->member->shared >= shared;
+    struct session *over = enough ? now : before;
+
+    if (over) {
+        over->guest = NULL;
+        if (over->member)
+            ksm_member_leave(over->member);
+        else if (over != now)
+            session_free_if_done(over);
+    }
+    return enough ? before : now;
 }
 
 void agents_let_go(struct session *session)

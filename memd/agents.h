@@ -39,6 +39,10 @@ void agents_ask_report(struct guest *guest);
 
 /* DETACHED came: ends the session; the guest rejoins or is forgotten. */
 void agents_detached(struct session *session);
+/* Two sessions of one guest that have ended, `now` within its own end: the one that stands for more
+ * shares of the agent, which may come back, is kept (`before` may be NULL); the other is let go.
+ * A connection that breaks before the agent has said what it has stands for little. */
+struct session *agents_keep_one(struct session *before, struct session *now);
 /* Gives up the shares of a session that has ended. */
 void agents_let_go(struct session *session);
 /* The guest is about to be freed: the session, living or lost, ends without it. */

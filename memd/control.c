@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -23,14 +24,30 @@
 #define BODY_MAX      65536U
 #define DETACH_WAIT_S 60
 #define CONNECTIONS   256U
+#define ACCEPT_TURN   16
 #define WORDS         512U
+/* Of those on the control socket, who is neither root nor in group memd has together, and each such
+ * user: nobody keeps the operator out, and none of them the others. */
+#define STRANGERS       (CONNECTIONS / 2)
+#define STRANGERS_A_UID 16U
 
 /* One of the two servers: the control socket, and [metrics] listen. */
 struct server {
     struct control *control;
     struct MHD_Daemon *mhd;
     struct loop_watch watch;
+    /* Of the control socket; the other one's is MHD's. It is watched through an epoll of its own:
+     * what io_uring polls outlives a memd that was killed for a moment, and would answer the next
+     * one. */
+    struct loop_watch arrivals;
+    int listener;
     bool metrics_only;
+};
+
+/* A connection of somebody who is neither root nor in group memd. */
+struct stranger {
+    uid_t uid;
+    struct stranger *next, **place;
 };
 
 struct control {
@@ -40,6 +57,7 @@ struct control {
     bool keeps_time;                        /* `second` is set */
     char metrics_listen[CONFIG_WORD_BYTES]; /* where it does listen; "": nowhere */
     struct request *requests;
+    struct stranger *strangers;
     gid_t group; /* memd; (gid_t)-1: this host has none */
     bool stopping;
 };
@@ -47,6 +65,8 @@ struct control {
 enum phase {
     PHASE_BODY,
     PHASE_ACT,
+    PHASE_SAVING,
+    PHASE_SAVED,
     PHASE_SAMPLING,
     PHASE_SAMPLED,
     PHASE_DETACHING,
@@ -65,6 +85,9 @@ struct request {
     char *body;
     size_t body_bytes;
     uint64_t deadline_ns;
+    /* POST: the guest that was registered, and the list that has to be saved with it in it. */
+    char token[PROTOCOL_TOKEN_BYTES + 1];
+    uint64_t list;
     struct pss_waiter sample;
     /* GET /v1/events */
     bool streaming, hung_up;
@@ -150,29 +173,31 @@ static unsigned status_of(int error)
 
 /* ---- who asks ---- */
 
-static int peer_of(const struct request *request, struct ucred *ret_peer)
+static int fd_of(struct MHD_Connection *connection)
 {
     const union MHD_ConnectionInfo *info =
-        MHD_get_connection_info(request->connection, MHD_CONNECTION_INFO_CONNECTION_FD);
-    socklen_t bytes = sizeof(*ret_peer);
+        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD);
 
-    if (!info || getsockopt(info->connect_fd, SOL_SOCKET, SO_PEERCRED, ret_peer, &bytes))
-        return -EPERM;
-    return 0;
+    return info ? info->connect_fd : -1;
 }
 
-static bool in_group(const struct request *request, const struct ucred *peer)
+static int peer_at(int fd, struct ucred *ret_peer)
 {
-    const union MHD_ConnectionInfo *info =
-        MHD_get_connection_info(request->connection, MHD_CONNECTION_INFO_CONNECTION_FD);
-    gid_t groups[256], wanted = request->control->group;
+    socklen_t bytes = sizeof(*ret_peer);
+
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, ret_peer, &bytes) ? -EPERM : 0;
+}
+
+static bool in_group(const struct control *control, int fd, const struct ucred *peer)
+{
+    gid_t groups[256], wanted = control->group;
     socklen_t bytes = sizeof(groups);
 
     if (wanted == (gid_t)-1)
         return false;
     if (peer->gid == wanted)
         return true;
-    if (getsockopt(info->connect_fd, SOL_SOCKET, SO_PEERGROUPS, groups, &bytes))
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, &bytes))
         return false;
     for (size_t i = 0; i < bytes / sizeof(gid_t); i++) {
         if (groups[i] == wanted)
@@ -181,16 +206,22 @@ static bool in_group(const struct request *request, const struct ucred *peer)
     return false;
 }
 
+static bool is_operator(const struct control *control, int fd, const struct ucred *peer)
+{
+    return peer->uid == 0 || peer->uid == geteuid() || in_group(control, fd, peer);
+}
+
 static bool may(const struct request *request)
 {
+    int fd = fd_of(request->connection);
     const struct guest *guest;
     struct ucred peer;
 
     if (request->route->right == RIGHT_ANYBODY)
         return true;
-    if (request->server->metrics_only || peer_of(request, &peer))
+    if (request->server->metrics_only || peer_at(fd, &peer))
         return false;
-    if (peer.uid == 0 || peer.uid == geteuid() || in_group(request, &peer))
+    if (is_operator(request->control, fd, &peer))
         return true;
     guest = request->name[0] ? registry_find(request->control->daemon, request->name) : NULL;
     return request->route->right == RIGHT_OWNER && guest && guest->uid == peer.uid;
@@ -376,6 +407,22 @@ static enum MHD_Result get_guest(struct request *request)
     return answer(request, MHD_HTTP_OK, status_of_guest(request->control->daemon, guest));
 }
 
+static enum MHD_Result answer_registered(struct request *request)
+{
+    struct daemon *daemon = request->control->daemon;
+    struct guest *guest = registry_find_token(daemon, request->token);
+
+    if (!guest)
+        return answer_error(request, MHD_HTTP_BAD_REQUEST,
+                            "its process has ended before the guest was on the list");
+    registry_expect_hello(guest);
+    return answer(request, MHD_HTTP_CREATED,
+                  json_pack("{s:s,s:s,s:s}", "token", guest->token, "agent_socket",
+                            daemon->agents.path, "engine", registry_engine_name(guest->engine)));
+}
+
+/* Who has the answer may rely on it that the next memd knows the guest too: it waits until the list
+ * of guests is on the disk. */
 static enum MHD_Result post_guest(struct request *request)
 {
     struct daemon *daemon = request->control->daemon;
@@ -383,19 +430,26 @@ static enum MHD_Result post_guest(struct request *request)
     char words[WORDS] = "memd has no memory for one more guest";
     struct guest *guest;
     struct ucred peer;
-    int result = read_registration(request, &asked, words);
+    int result;
 
+    if (request->phase != PHASE_ACT)
+        return answer_registered(request);
+    result = read_registration(request, &asked, words);
     if (!result)
-        result = peer_of(request, &peer);
+        result = peer_at(fd_of(request->connection), &peer);
     if (!result) {
         asked.uid = peer.uid;
         result = registry_add(daemon, &asked, &guest, words, sizeof(words));
     }
     if (result)
         return answer_error(request, status_of(result), words);
-    return answer(request, MHD_HTTP_CREATED,
-                  json_pack("{s:s,s:s,s:s}", "token", guest->token, "agent_socket",
-                            daemon->agents.path, "engine", registry_engine_name(guest->engine)));
+    memcpy(request->token, guest->token, sizeof(request->token));
+    request->list = daemon->registry.saver.asked;
+    if (daemon->registry.saver.written >= request->list)
+        return answer_registered(request);
+    request->phase = PHASE_SAVING;
+    suspend(request);
+    return MHD_YES;
 }
 
 static enum MHD_Result patch_guest(struct request *request)
@@ -446,6 +500,18 @@ static enum MHD_Result delete_guest(struct request *request)
     request->deadline_ns = loop_now(&request->control->daemon->loop) + DETACH_WAIT_S * NS_PER_S;
     suspend(request);
     return MHD_YES;
+}
+
+void control_saved(struct daemon *daemon)
+{
+    if (!daemon->control)
+        return;
+    for (struct request *request = daemon->control->requests; request; request = request->next) {
+        if (request->phase != PHASE_SAVING || daemon->registry.saver.written < request->list)
+            continue;
+        request->phase = PHASE_SAVED;
+        resume(request);
+    }
 }
 
 void control_detached(struct daemon *daemon, const char *name, bool done)
@@ -708,6 +774,74 @@ static void completed(void *cls, struct MHD_Connection *connection, void **conte
     *context = NULL;
 }
 
+/* ---- who comes in ---- */
+
+static bool may_enter(const struct control *control, int fd)
+{
+    uint32_t all = 0, own = 0;
+    struct ucred peer;
+
+    if (peer_at(fd, &peer))
+        return false;
+    if (is_operator(control, fd, &peer))
+        return true;
+    for (const struct stranger *other = control->strangers; other; other = other->next) {
+        all++;
+        own += other->uid == peer.uid;
+    }
+    return all < STRANGERS && own < STRANGERS_A_UID;
+}
+
+static void add_stranger(struct control *control, uid_t uid, void **context)
+{
+    struct stranger *stranger = calloc(1, sizeof(*stranger));
+
+    *context = stranger;
+    if (!stranger)
+        return;
+    *stranger =
+        (struct stranger){.uid = uid, .next = control->strangers, .place = &control->strangers};
+    if (control->strangers)
+        control->strangers->place = &stranger->next;
+    control->strangers = stranger;
+}
+
+static void remove_stranger(struct stranger *stranger)
+{
+    *stranger->place = stranger->next;
+    if (stranger->next)
+        stranger->next->place = stranger->place;
+    free(stranger);
+}
+
+/* A connection to the control socket has begun, or has ended. */
+static void connection_changed(void *cls, struct MHD_Connection *connection, void **context,
+                               enum MHD_ConnectionNotificationCode code)
+{
+    struct server *server = cls;
+    int fd = fd_of(connection);
+    struct ucred peer;
+
+    if (code == MHD_CONNECTION_NOTIFY_CLOSED && *context)
+        remove_stranger(*context);
+    else if (code == MHD_CONNECTION_NOTIFY_STARTED && !server->metrics_only &&
+             !peer_at(fd, &peer) && !is_operator(server->control, fd, &peer))
+        add_stranger(server->control, peer.uid, context);
+}
+
+static void turn_away(int fd)
+{
+    static const char body[] = "{\"error\":\"too many connections of this user are open\"}";
+    char answer[256];
+    int length = snprintf(answer, sizeof(answer),
+                          "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
+                          "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                          sizeof(body) - 1, body);
+
+    (void)send(fd, answer, (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL);
+    close(fd);
+}
+
 /* ---- the servers ---- */
 
 static void keep_time(struct control *control)
@@ -733,36 +867,55 @@ static void serve(struct loop_watch *watch, uint32_t events)
     keep_time(server->control);
 }
 
-/* Owns listener, also on failure. */
-static int start_server(struct control *control, struct server *server, int listener,
-                        bool metrics_only)
+/* The control socket: who may come in is decided here, before MHD sees it. */
+static void can_accept(struct loop_watch *watch, uint32_t events)
 {
-    const union MHD_DaemonInfo *info;
-    int result;
+    static const struct sockaddr_un nobody = {.sun_family = AF_UNIX};
+    struct server *server = watch->owner;
 
-    *server = (struct server){.control = control, .metrics_only = metrics_only};
-    server->mhd =
-        MHD_start_daemon(MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME, 0, NULL, NULL, handle, server,
-                         MHD_OPTION_LISTEN_SOCKET, listener, MHD_OPTION_NOTIFY_COMPLETED, completed,
-                         NULL, MHD_OPTION_CONNECTION_LIMIT, CONNECTIONS,
-                         MHD_OPTION_CONNECTION_TIMEOUT, 120U, MHD_OPTION_END);
-    if (!server->mhd) {
-        close(listener);
-        return -EIO;
+    (void)events;
+    for (int i = 0; i < ACCEPT_TURN; i++) {
+        int fd = accept4(server->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+        if (fd < 0)
+            break;
+        if (!may_enter(server->control, fd)) {
+            turn_away(fd);
+            continue;
+        }
+        /* MHD owns the descriptor, also when it takes no more. It counts with the next run. */
+        (void)MHD_add_connection(server->mhd, fd, (const struct sockaddr *)&nobody, sizeof(nobody));
+        MHD_run(server->mhd);
     }
-    info = MHD_get_daemon_info(server->mhd, MHD_DAEMON_INFO_EPOLL_FD);
-    server->watch = (struct loop_watch){.fd = info->epoll_fd,
-                                        .events = POLLIN,
-                                        .level = true,
-                                        .ready = serve,
-                                        .owner = server,
-                                        .op = LOOP_NOT_QUEUED};
-    result = loop_watch_add(&control->daemon->loop, &server->watch);
-    if (result) {
-        MHD_stop_daemon(server->mhd);
-        server->mhd = NULL;
-    }
-    return result;
+    keep_time(server->control);
+}
+
+static int start_listening(struct server *server)
+{
+    struct epoll_event event = {.events = EPOLLIN};
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+
+    if (fd < 0)
+        return -errno;
+    server->arrivals = (struct loop_watch){.fd = fd,
+                                           .events = POLLIN,
+                                           .level = true,
+                                           .ready = can_accept,
+                                           .owner = server,
+                                           .op = LOOP_NOT_QUEUED};
+    if (epoll_ctl(fd, EPOLL_CTL_ADD, server->listener, &event))
+        return -errno;
+    return loop_watch_add(&server->control->daemon->loop, &server->arrivals);
+}
+
+static void stop_listening(struct server *server)
+{
+    loop_watch_remove(&server->control->daemon->loop, &server->arrivals);
+    if (server->arrivals.fd >= 0)
+        close(server->arrivals.fd);
+    if (server->listener >= 0)
+        close(server->listener);
+    server->arrivals.fd = server->listener = -1;
 }
 
 static void stop_server(struct control *control, struct server *server)
@@ -776,9 +929,46 @@ static void stop_server(struct control *control, struct server *server)
         }
     }
     MHD_run(server->mhd);
+    stop_listening(server);
     loop_watch_remove(&control->daemon->loop, &server->watch);
     MHD_stop_daemon(server->mhd);
     server->mhd = NULL;
+}
+
+/* Owns listener, also on failure. */
+static int start_server(struct control *control, struct server *server, int listener,
+                        bool metrics_only)
+{
+    const union MHD_DaemonInfo *info;
+    int result;
+
+    *server = (struct server){.control = control,
+                              .metrics_only = metrics_only,
+                              .listener = metrics_only ? -1 : listener,
+                              .arrivals = {.fd = -1, .op = LOOP_NOT_QUEUED}};
+    server->mhd = MHD_start_daemon(
+        MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | (metrics_only ? 0 : MHD_USE_NO_LISTEN_SOCKET), 0,
+        NULL, NULL, handle, server, MHD_OPTION_NOTIFY_COMPLETED, completed, NULL,
+        MHD_OPTION_NOTIFY_CONNECTION, connection_changed, server, MHD_OPTION_CONNECTION_LIMIT,
+        CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, 120U,
+        metrics_only ? MHD_OPTION_LISTEN_SOCKET : MHD_OPTION_END, listener, MHD_OPTION_END);
+    if (!server->mhd) {
+        close(listener);
+        return -EIO;
+    }
+    info = MHD_get_daemon_info(server->mhd, MHD_DAEMON_INFO_EPOLL_FD);
+    server->watch = (struct loop_watch){.fd = info->epoll_fd,
+                                        .events = POLLIN,
+                                        .level = true,
+                                        .ready = serve,
+                                        .owner = server,
+                                        .op = LOOP_NOT_QUEUED};
+    result = loop_watch_add(&control->daemon->loop, &server->watch);
+    if (!result && !metrics_only)
+        result = start_listening(server);
+    if (result)
+        stop_server(control, server);
+    return result;
 }
 
 static int listen_unix(const struct control *control, const char *path)

@@ -18,6 +18,8 @@ void control_stop(struct daemon *daemon);
 /* [metrics] listen may have changed. */
 void control_reload(struct daemon *daemon);
 
+/* The list of guests was written: who registered one of them is answered. */
+void control_saved(struct daemon *daemon);
 /* A guest that somebody asked to detach is private again, or its agent is gone. */
 void control_detached(struct daemon *daemon, const char *guest, bool done);
 

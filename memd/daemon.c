@@ -283,6 +283,7 @@ int daemon_start(struct daemon *daemon, struct config *config, const char *confi
 void daemon_stop(struct daemon *daemon)
 {
     (void)sd_notify(0, "STOPPING=1");
+    state_saver_settle(&daemon->registry.saver);
     stop_from(daemon, PART_COUNT);
 }
 

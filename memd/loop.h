@@ -46,9 +46,9 @@ struct loop_task {
     struct loop_task *next, *previous;
 };
 
-/* One read that a kernel worker does, whatever it takes (IOSQE_ASYNC). */
-struct loop_read {
-    void (*done)(struct loop_read *read, int result); /* bytes, or -errno */
+/* One system call on a file that a kernel worker makes, whatever it takes (IOSQE_ASYNC). */
+struct loop_job {
+    void (*done)(struct loop_job *job, int result); /* what the call returned, or -errno */
     void *owner;
     uint32_t op;
 };
@@ -90,9 +90,19 @@ void loop_timer_cancel(struct loop *loop, struct loop_timer *timer);
 void loop_task_add(struct loop *loop, struct loop_task *task);
 void loop_task_cancel(struct loop *loop, struct loop_task *task);
 
-/* Reads from the start of fd. buffer and fd stay untouched by the caller until done() was called,
- * which happens exactly once. */
-int loop_read_start(struct loop *loop, struct loop_read *read, int fd, void *buffer,
-                    uint32_t bytes);
+/* Each starts one job. What they are given stays untouched by the caller until done() was called,
+ * which happens exactly once, in a later turn. -ENOMEM, -EBUSY: not started. */
+
+/* Reads from the start of fd. */
+int loop_read_start(struct loop *loop, struct loop_job *job, int fd, void *buffer, uint32_t bytes);
+/* Writes at the start of fd. */
+int loop_write_start(struct loop *loop, struct loop_job *job, int fd, const void *buffer,
+                     uint32_t bytes);
+/* openat(2), for the owner alone where it makes the file. */
+int loop_open_start(struct loop *loop, struct loop_job *job, int dir, const char *name, int flags);
+int loop_sync_start(struct loop *loop, struct loop_job *job, int fd);
+/* renameat(2) within one directory. */
+int loop_rename_start(struct loop *loop, struct loop_job *job, int dir, const char *from,
+                      const char *to);
 
 #endif

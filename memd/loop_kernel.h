@@ -2,7 +2,7 @@
 /*
  * The loop's lower half: what it wants from the kernel. There are two of it, one file each, chosen
  * when a program is linked: io_uring (loop_uring.c), and the simulated one of vmm-hooks/sim. Each
- * also has loop_watch_add, loop_watch_remove and loop_read_start of loop.h.
+ * also has loop_watch_add, loop_watch_remove and the jobs of loop.h.
  */
 #ifndef MEMD_LOOP_KERNEL_H
 #define MEMD_LOOP_KERNEL_H

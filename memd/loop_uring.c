@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The loop's lower half on io_uring: polls and reads are requests to the kernel, each with an *op*,
+ * The loop's lower half on io_uring: polls and jobs are requests to the kernel, each with an *op*,
  * the slot of a table whose number travels with the request as its user_data. An op is freed by its
  * last completion, never before: until then the kernel may still speak of it.
  */
@@ -16,7 +16,7 @@
 #define NS_PER_S      1000000000ULL
 #define NO_OP         UINT64_MAX /* user_data of requests whose answer nobody waits for */
 
-enum op_kind { OP_FREE, OP_WATCH, OP_READ };
+enum op_kind { OP_FREE, OP_WATCH, OP_JOB };
 
 struct op {
     uint8_t kind;
@@ -152,22 +152,87 @@ void loop_watch_remove(struct loop *loop, struct loop_watch *watch)
     watch->op = LOOP_NOT_QUEUED;
 }
 
-int loop_read_start(struct loop *loop, struct loop_read *read, int fd, void *buffer, uint32_t bytes)
+/* ---- jobs ---- */
+
+static int take_job(struct loop *loop, struct loop_job *job, struct io_uring_sqe **ret_sqe)
 {
-    int result = take_op(loop->kernel, OP_READ, read, &read->op);
+    int result = take_op(loop->kernel, OP_JOB, job, &job->op);
     struct io_uring_sqe *sqe;
 
     if (result)
         return result;
     sqe = next_sqe(loop->kernel);
     if (!sqe) {
-        free_op(loop->kernel, read->op);
+        free_op(loop->kernel, job->op);
         return -EBUSY;
     }
-    io_uring_prep_read(sqe, fd, buffer, bytes, 0);
-    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
-    sqe->user_data = read->op;
+    *ret_sqe = sqe;
     return 0;
+}
+
+/* The request is prepared. */
+static int hand_over(struct io_uring_sqe *sqe, const struct loop_job *job)
+{
+    io_uring_sqe_set_flags(sqe, IOSQE_ASYNC);
+    sqe->user_data = job->op;
+    return 0;
+}
+
+int loop_read_start(struct loop *loop, struct loop_job *job, int fd, void *buffer, uint32_t bytes)
+{
+    struct io_uring_sqe *sqe;
+    int result = take_job(loop, job, &sqe);
+
+    if (result)
+        return result;
+    io_uring_prep_read(sqe, fd, buffer, bytes, 0);
+    return hand_over(sqe, job);
+}
+
+int loop_write_start(struct loop *loop, struct loop_job *job, int fd, const void *buffer,
+                     uint32_t bytes)
+{
+    struct io_uring_sqe *sqe;
+    int result = take_job(loop, job, &sqe);
+
+    if (result)
+        return result;
+    io_uring_prep_write(sqe, fd, buffer, bytes, 0);
+    return hand_over(sqe, job);
+}
+
+int loop_open_start(struct loop *loop, struct loop_job *job, int dir, const char *name, int flags)
+{
+    struct io_uring_sqe *sqe;
+    int result = take_job(loop, job, &sqe);
+
+    if (result)
+        return result;
+    io_uring_prep_openat(sqe, dir, name, flags, 0600);
+    return hand_over(sqe, job);
+}
+
+int loop_sync_start(struct loop *loop, struct loop_job *job, int fd)
+{
+    struct io_uring_sqe *sqe;
+    int result = take_job(loop, job, &sqe);
+
+    if (result)
+        return result;
+    io_uring_prep_fsync(sqe, fd, 0);
+    return hand_over(sqe, job);
+}
+
+int loop_rename_start(struct loop *loop, struct loop_job *job, int dir, const char *from,
+                      const char *to)
+{
+    struct io_uring_sqe *sqe;
+    int result = take_job(loop, job, &sqe);
+
+    if (result)
+        return result;
+    io_uring_prep_renameat(sqe, dir, from, dir, to, 0);
+    return hand_over(sqe, job);
 }
 
 /* ---- completions ---- */
@@ -190,12 +255,12 @@ static void complete_watch(struct loop *loop, uint32_t op, int result, bool more
         loop_end(loop);
 }
 
-static void complete_read(struct loop *loop, uint32_t op, int result)
+static void complete_job(struct loop *loop, uint32_t op, int result)
 {
-    struct loop_read *read = loop->kernel->ops[op].target;
+    struct loop_job *job = loop->kernel->ops[op].target;
 
     free_op(loop->kernel, op);
-    read->done(read, result);
+    job->done(job, result);
 }
 
 static void complete(struct loop *loop, uint64_t user_data, int result, bool more)
@@ -206,8 +271,8 @@ static void complete(struct loop *loop, uint64_t user_data, int result, bool mor
         return;
     if (loop->kernel->ops[op].kind == OP_WATCH)
         complete_watch(loop, op, result, more);
-    else if (loop->kernel->ops[op].kind == OP_READ)
-        complete_read(loop, op, result);
+    else if (loop->kernel->ops[op].kind == OP_JOB)
+        complete_job(loop, op, result);
 }
 
 void loop_kernel_complete(struct loop *loop)

@@ -16,7 +16,7 @@
 
 /* One smaps_rollup that a kernel worker reads. */
 struct pss_reading {
-    struct loop_read read;
+    struct loop_job job;
     struct daemon *daemon;
     struct guest *guest; /* NULL: memd itself, or the guest is gone */
     bool own;
@@ -52,9 +52,9 @@ static void take_figures(struct pss_reading *reading)
     }
 }
 
-static void done(struct loop_read *read, int result)
+static void done(struct loop_job *job, int result)
 {
-    struct pss_reading *reading = read->owner;
+    struct pss_reading *reading = job->owner;
     struct daemon *daemon = reading->daemon;
     struct pss *pss = &daemon->pss;
     struct pss_reading **place = &pss->readings;
@@ -83,10 +83,10 @@ static void start_reading(struct daemon *daemon, pid_t pid, struct guest *guest)
     reading->daemon = daemon;
     reading->guest = guest;
     reading->own = !guest;
-    reading->read = (struct loop_read){.done = done, .owner = reading};
+    reading->job = (struct loop_job){.done = done, .owner = reading};
     reading->fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (reading->fd < 0 || loop_read_start(&daemon->loop, &reading->read, reading->fd,
-                                           reading->text, TEXT_BYTES - 1)) {
+    if (reading->fd < 0 ||
+        loop_read_start(&daemon->loop, &reading->job, reading->fd, reading->text, TEXT_BYTES - 1)) {
         if (reading->fd >= 0)
             close(reading->fd);
         free(reading);

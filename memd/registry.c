@@ -374,11 +374,37 @@ static void enlist(struct guest *guest)
     ledger_open(&guest->daemon->ledger, &guest->account);
 }
 
+/* memd's own count: what an account has as managed is what its guest's blocks sum to. When that
+ * does not hold nothing that memd says can be relied on, whatever the agents say. */
+static int check_books(struct daemon *daemon, char *words, size_t words_bytes)
+{
+    for (const struct guest *guest = daemon->registry.first; guest; guest = guest->next) {
+        uint64_t pages = 0;
+
+        for (uint32_t i = 0; i < guest->block_count; i++)
+            pages += guest->blocks[i].managed ? guest->blocks[i].pages : 0;
+        if (pages == guest->account.managed_pages)
+            continue;
+        snprintf(words, words_bytes,
+                 "memd's own count of the pages of guest '%s' does not add up: nobody is admitted "
+                 "until memd is started again or that guest has gone",
+                 guest->name);
+        log_error("%s", words);
+        events_emit(&daemon->events, "ledger_mismatch", guest->name,
+                    json_pack("{s:I}", "managed_pages", (json_int_t)guest->account.managed_pages));
+        return -EBUSY;
+    }
+    return 0;
+}
+
 static int may_come(struct daemon *daemon, const struct guest_request *request,
                     const struct guest_wish *wish, char *words, size_t words_bytes)
 {
     struct guest *same = registry_find(daemon, request->name);
+    int result = check_books(daemon, words, words_bytes);
 
+    if (result)
+        return result;
     if (same && same->death.fd < 0 && same->presence == AGENT_NONE) {
         registry_remove(same, "guest_gone", "its process has ended and its name was taken again");
         same = NULL;
@@ -387,13 +413,6 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
         snprintf(words, words_bytes, "a guest '%s' lives already (pid %d); choose another name",
                  request->name, (int)same->pid);
         return -EEXIST;
-    }
-    if (daemon->ledger.mismatches_now) {
-        snprintf(words, words_bytes,
-                 "the ledger does not add up for %u guest(s), see ledger_mismatch in the log; "
-                 "nobody is admitted until it does",
-                 daemon->ledger.mismatches_now);
-        return -EBUSY;
     }
     /* Whether it admits the VMM's uid is decided by the agent's hello: the VMM may change its own.
      */
@@ -439,8 +458,7 @@ int registry_add(struct daemon *daemon, const struct guest_request *request,
         engine = ENGINE_KERNEL;
     guest->waiting_for_hello = engine == ENGINE_AGENT;
     registry_set_engine(guest, engine, request->reason);
-    if (guest->waiting_for_hello)
-        loop_timer_set(&daemon->loop, &guest->hello_timer, HELLO_WAIT_S * NS_PER_S);
+    registry_expect_hello(guest);
     registry_save(daemon);
     log_notice("guest '%s': registered by uid %d, pid %d, %" PRIu64 " MiB promised, engine %s",
                guest->name, (int)guest->uid, (int)guest->pid, guest->account.max_bytes >> 20,
@@ -450,6 +468,12 @@ int registry_add(struct daemon *daemon, const struct guest_request *request,
                           registry_engine_name(guest->engine)));
     *ret_guest = guest;
     return 0;
+}
+
+void registry_expect_hello(struct guest *guest)
+{
+    if (guest->waiting_for_hello)
+        loop_timer_set(&guest->daemon->loop, &guest->hello_timer, HELLO_WAIT_S * NS_PER_S);
 }
 
 /* Frees what the guest holds; says nothing. */
@@ -470,7 +494,7 @@ static void take_apart(struct guest *guest)
     registry->departed_merges += guest->stats.merges;
     registry->departed_unmerges += guest->stats.unmerges;
     registry->departed_mismatches += guest->stats.mismatches;
-    ledger_close(&daemon->ledger, &guest->account);
+    ledger_close(&guest->account);
     while (*place && *place != guest)
         place = &(*place)->next;
     if (*place) {
@@ -521,7 +545,7 @@ int registry_agent_came(struct guest *guest, struct session *session, pid_t pid,
     guest->has_stats = guest->places_stated = false;
     guest->block_count = 0;
     guest->account.managed_pages = 0;
-    ledger_forget_places(&daemon->ledger, &guest->account);
+    ledger_forget_places(&guest->account);
     loop_timer_cancel(&daemon->loop, &guest->hello_timer);
     loop_timer_cancel(&daemon->loop, &guest->grace_timer);
     /* After a restart all agents come back at once. To replace a file may take longer than an agent
@@ -544,11 +568,10 @@ void registry_agent_left(struct guest *guest, const char *why)
 {
     struct daemon *daemon = guest->daemon;
 
-    registry_let_go(guest);
-    guest->lost = guest->session;
+    guest->lost = agents_keep_one(guest->lost, guest->session);
     guest->session = NULL;
     guest->presence = AGENT_LOST;
-    ledger_forget_places(&daemon->ledger, &guest->account);
+    ledger_forget_places(&guest->account);
     if (host_process_is_exiting(guest->pid))
         return; /* its pidfd says the rest in a moment */
     log_warning("guest '%s': its agent is gone: %s; it runs on with what it shares", guest->name,
@@ -587,18 +610,24 @@ static json_t *guest_to_json(const struct guest *guest)
     return json;
 }
 
-void registry_save(struct daemon *daemon)
+static json_t *list_of_guests(void *owner)
 {
+    const struct daemon *daemon = owner;
     json_t *all = json_array();
-    int result;
 
     for (const struct guest *guest = daemon->registry.first; all && guest; guest = guest->next)
         json_array_append_new(all, guest_to_json(guest));
-    result = all ? state_write(daemon->state_dir, GUESTS_FILE, all, false) : -ENOMEM;
-    if (result)
-        log_error("the list of guests can't be kept (%s): a restarted memd would not know them",
-                  strerror(-result));
-    json_decref(all);
+    return all;
+}
+
+static void list_is_saved(void *owner)
+{
+    control_saved(owner);
+}
+
+void registry_save(struct daemon *daemon)
+{
+    (void)state_saver_ask(&daemon->registry.saver);
 }
 
 static enum guest_engine engine_from(const char *name)
@@ -610,23 +639,41 @@ static enum guest_engine engine_from(const char *name)
     return ENGINE_NONE;
 }
 
+/* Its process, as it was recorded. One that was waited for may have daemonized, and say hello from
+ * another process: it is waited for a while longer. 0, or -ESRCH: it is gone. */
+static int find_process_again(struct guest *guest, pid_t pid, uint64_t start_time)
+{
+    struct daemon *daemon = guest->daemon;
+    uint64_t started;
+
+    if (host_process_start_time(pid, &started) == 0 && started == start_time)
+        return watch_process(guest, pid);
+    if (!guest->waiting_for_hello)
+        return -ESRCH;
+    guest->pid = pid;
+    guest->start_time = start_time;
+    loop_timer_set(&daemon->loop, &guest->grace_timer,
+                   (uint64_t)(daemon->config.grace_s * (double)NS_PER_S));
+    return 0;
+}
+
 /* A guest of an earlier life of memd; gone meanwhile: nothing. */
 static void restore(struct daemon *daemon, json_t *json)
 {
     const char *name, *token, *vmm, *qmp, *engine, *reason;
     json_int_t uid, pid, start_time;
-    uint64_t started;
     struct guest *guest;
     int waiting;
 
     if (json_unpack(json, "{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b}", "name", &name, "token",
                     &token, "uid", &uid, "pid", &pid, "start_time", &start_time, "vmm", &vmm, "qmp",
                     &qmp, "engine", &engine, "reason", &reason, "waiting", &waiting) ||
-        !config_name_is_good(name) || strlen(token) != PROTOCOL_TOKEN_BYTES ||
-        host_process_start_time((pid_t)pid, &started) || started != (uint64_t)start_time)
+        !config_name_is_good(name) || strlen(token) != PROTOCOL_TOKEN_BYTES)
         return;
     guest = new_guest(daemon, name);
-    if (!guest || watch_process(guest, (pid_t)pid)) {
+    if (guest)
+        guest->waiting_for_hello = waiting;
+    if (!guest || find_process_again(guest, (pid_t)pid, (uint64_t)start_time)) {
         free(guest);
         return;
     }
@@ -638,11 +685,9 @@ static void restore(struct daemon *daemon, json_t *json)
     struct guest_wish wish = resolve(daemon, name, &guest->asked, NULL);
     apply(guest, &wish);
     enlist(guest);
-    guest->waiting_for_hello = waiting;
     registry_set_engine(guest, engine_from(engine), reason);
-    if (waiting)
-        loop_timer_set(&daemon->loop, &guest->hello_timer, HELLO_WAIT_S * NS_PER_S);
-    else if (guest->engine == ENGINE_AGENT)
+    registry_expect_hello(guest);
+    if (!waiting && guest->engine == ENGINE_AGENT)
         guest->presence = AGENT_LOST;
     log_notice("guest '%s': found again, pid %d", guest->name, (int)guest->pid);
 }
@@ -652,6 +697,12 @@ int registry_start(struct daemon *daemon)
     json_t *guests = state_read(daemon->state_dir, GUESTS_FILE), *guest;
     size_t i;
 
+    daemon->registry.saver = (struct state_saver){.loop = &daemon->loop,
+                                                  .dir = daemon->state_dir,
+                                                  .name = GUESTS_FILE,
+                                                  .content = list_of_guests,
+                                                  .saved = list_is_saved,
+                                                  .owner = daemon};
     daemon->registry.wishes = state_read(daemon->state_dir, WISHES_FILE);
     if (!json_is_object(daemon->registry.wishes)) {
         json_decref(daemon->registry.wishes);
@@ -664,6 +715,7 @@ int registry_start(struct daemon *daemon)
 
 void registry_stop(struct daemon *daemon)
 {
+    state_saver_end(&daemon->registry.saver);
     for (struct guest *guest = daemon->registry.first, *next; guest; guest = next) {
         next = guest->next;
         take_apart(guest);

@@ -10,7 +10,8 @@
  * What is promised comes from three places; the first that says something counts: `memctl set`
  * (kept in the state directory, by name), the configuration file's [guest NAME], the request.
  *
- * The list of guests is kept too, so that a memd that was killed finds the living again.
+ * The list of guests is kept too, so that a memd that was killed finds the living again. It is
+ * written in the background; who registers a guest is answered when that guest is in it.
  */
 #ifndef MEMD_REGISTRY_H
 #define MEMD_REGISTRY_H
@@ -21,6 +22,7 @@
 #include "ledger.h"
 #include "loop.h"
 #include "protocol.h"
+#include "state.h"
 
 struct daemon;
 struct session;
@@ -86,7 +88,8 @@ struct guest {
 struct registry {
     struct guest *first;
     uint32_t count;
-    json_t *wishes; /* what memctl set said: name -> {max_bytes, ...} */
+    json_t *wishes;           /* what memctl set said: name -> {max_bytes, ...} */
+    struct state_saver saver; /* of the list of guests */
     /* Of agents of guests that have gone. */
     uint64_t departed_cpu_ns, departed_merges, departed_unmerges, departed_mismatches;
 };
@@ -131,7 +134,10 @@ void registry_agent_left(struct guest *guest, const char *why);
 /* Shares of a session that ended are let go now. */
 void registry_let_go(struct guest *guest);
 void registry_set_engine(struct guest *guest, enum guest_engine engine, const char *reason);
+/* The list of guests has changed: it is going to be written. */
 void registry_save(struct daemon *daemon);
+/* The answer goes to who registered the guest: from now on its agent is waited for. */
+void registry_expect_hello(struct guest *guest);
 
 const char *registry_engine_name(enum guest_engine engine);
 const char *registry_presence_name(enum guest_presence presence);

@@ -205,29 +205,31 @@ static void ring_bell(struct session *session)
     (void)send_now(session->fd, &bell, sizeof(bell), NULL, 0);
 }
 
+/* A message that the agent must get. Who has hung up is no liar: its end is read in its turn. */
+static bool send_surely(struct session *session, const struct message_segment *message,
+                        const int *fd)
+{
+    int result = session_send(session, message, sizeof(*message), fd, fd ? 1 : 0);
+
+    if (result && result != -EPIPE && result != -ECONNRESET)
+        mark_lie(session, "it takes no more messages");
+    return result == 0;
+}
+
 static bool give(void *agent, uint32_t segment, uint32_t pages, int fd)
 {
     struct session *session = agent;
     struct message_segment message = {{MESSAGE_SEGMENT, sizeof(message)}, segment, pages};
-    int result;
 
-    if (session->state == SESSION_LEAVING)
-        return false;
-    result = session_send(session, &message, sizeof(message), &fd, 1);
-    if (result)
-        mark_lie(session, "it takes no more messages");
-    return result == 0;
+    return session->state != SESSION_LEAVING && send_surely(session, &message, &fd);
 }
 
 static bool drop(void *agent, uint32_t segment, uint32_t pages)
 {
     struct session *session = agent;
     struct message_segment message = {{MESSAGE_DROP, sizeof(message)}, segment, pages};
-    int result = session_send(session, &message, sizeof(message), NULL, 0);
 
-    if (result)
-        mark_lie(session, "it takes no more messages");
-    return result == 0;
+    return send_surely(session, &message, NULL);
 }
 
 static void left(void *agent)
@@ -340,6 +342,18 @@ static int take_entry(struct session *session, struct ring_entry entry)
     return result;
 }
 
+/* An entry that contradicts while a message waits for the ring may rely on what was said behind
+ * that message (RAM that was plugged since). Then it was written after it: the message is taken
+ * now, and the entry is looked at again when the socket has been read. */
+static bool relies_on_more(struct session *session)
+{
+    if (!session->late)
+        return false;
+    session->lie[0] = '\0';
+    session->late_head = session->own_tail;
+    return true;
+}
+
 /* A bounded number of entries, none from `head` on; true when there are more. The clock is read
  * here because one entry may cost a hash of a page or nothing: other agents shall not wait for the
  * sum. */
@@ -357,7 +371,7 @@ static bool read_ring(struct session *session, uint32_t head)
         if (done == TURN_ENTRIES || (done % 32 == 31 && host_clock_ns() - start > TURN_NS))
             return true;
         if (take_entry(session, ring_peek(queue, session->own_tail)))
-            return false;
+            return relies_on_more(session);
         ring_release(queue, &session->own_tail);
     }
     return ring_filled(queue, session->own_tail) != 0;

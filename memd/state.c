@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "log.h"
+
 int state_open(const char *path, int *ret_dir, int *ret_lock)
 {
     int dir, lock, result;
@@ -94,4 +96,112 @@ json_t *state_read(int dir, const char *name)
     json = json_loadfd(fd, 0, NULL);
     close(fd);
     return json;
+}
+
+/* ---- in the background ---- */
+
+#define SETTLE_NS 100000000ULL /* a turn of waiting */
+
+enum step { STEP_OPEN, STEP_WRITE, STEP_SYNC, STEP_RENAME };
+
+static void begin(struct state_saver *saver);
+
+static int start_step(struct state_saver *saver)
+{
+    switch (saver->step) {
+    case STEP_OPEN:
+        return loop_open_start(saver->loop, &saver->job, saver->dir, saver->fresh,
+                               O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW);
+    case STEP_WRITE:
+        return loop_write_start(saver->loop, &saver->job, saver->fd, saver->text, saver->bytes);
+    case STEP_SYNC: return loop_sync_start(saver->loop, &saver->job, saver->fd);
+    default:
+        return loop_rename_start(saver->loop, &saver->job, saver->dir, saver->fresh, saver->name);
+    }
+}
+
+static void finish(struct state_saver *saver, int result)
+{
+    if (saver->fd >= 0)
+        close(saver->fd);
+    saver->fd = -1;
+    free(saver->text);
+    saver->text = NULL;
+    if (result)
+        log_error("%s can't be written (%s): a restarted memd would not know what is new in it",
+                  saver->name, strerror(-result));
+    saver->written = saver->taken;
+    saver->taken = 0;
+    if (saver->saved)
+        saver->saved(saver->owner);
+    if (saver->written < saver->asked)
+        begin(saver);
+}
+
+static void step_is_done(struct loop_job *job, int result)
+{
+    struct state_saver *saver = job->owner;
+
+    if (saver->step == STEP_OPEN && result >= 0)
+        saver->fd = result;
+    if (saver->step == STEP_WRITE && result >= 0 && (uint32_t)result != saver->bytes)
+        result = -EIO;
+    if (result >= 0 && saver->step++ != STEP_RENAME) {
+        result = start_step(saver);
+        if (!result)
+            return;
+    }
+    finish(saver, result < 0 ? result : 0);
+}
+
+static void begin(struct state_saver *saver)
+{
+    json_t *json;
+    int result;
+
+    if (saver->taken || saver->ending)
+        return;
+    json = saver->content(saver->owner);
+    saver->text = json ? json_dumps(json, JSON_INDENT(1)) : NULL;
+    json_decref(json);
+    saver->taken = saver->asked;
+    saver->bytes = saver->text ? (uint32_t)strlen(saver->text) : 0;
+    saver->step = STEP_OPEN;
+    saver->fd = -1;
+    saver->job = (struct loop_job){.done = step_is_done, .owner = saver};
+    snprintf(saver->fresh, sizeof(saver->fresh), "%s.new", saver->name);
+    result = saver->text ? start_step(saver) : -ENOMEM;
+    if (result)
+        finish(saver, result);
+}
+
+uint64_t state_saver_ask(struct state_saver *saver)
+{
+    uint64_t asked = ++saver->asked;
+
+    begin(saver);
+    return asked;
+}
+
+void state_saver_settle(struct state_saver *saver)
+{
+    saver->ending = true;
+    while (saver->taken && loop_turn(saver->loop, SETTLE_NS) == 0)
+        ;
+}
+
+void state_saver_end(struct state_saver *saver)
+{
+    json_t *json;
+    int result;
+
+    if (saver->written >= saver->asked)
+        return;
+    saver->written = saver->asked;
+    json = saver->content(saver->owner);
+    result = json ? state_write(saver->dir, saver->name, json, true) : -ENOMEM;
+    json_decref(json);
+    if (result)
+        log_error("%s can't be written (%s): the next memd will not know what is new in it",
+                  saver->name, strerror(-result));
 }

@@ -35,7 +35,8 @@ struct figures {
     double cpu_seconds;
 };
 
-/* What an agent has not stated yet is private: that is where pages begin. */
+/* What an agent has not stated yet is private: that is where pages begin. Of a guest whose agent is
+ * gone nothing is known: it may use all that it was promised, whatever its agent had announced. */
 static void places_of(const struct guest *guest, uint64_t *ret_places)
 {
     uint64_t merged = 0, zero = 0, all = guest->account.max_bytes / PAGE_BYTES;
@@ -46,7 +47,8 @@ static void places_of(const struct guest *guest, uint64_t *ret_places)
         return;
     }
     if (guest->engine != ENGINE_KERNEL) {
-        ret_places[PLACE_PRIVATE] = guest->account.managed_pages;
+        ret_places[PLACE_PRIVATE] =
+            guest->presence == AGENT_LOST ? all : guest->account.managed_pages;
         return;
     }
     kernel_ksm_of_process(guest->pid, &merged, &zero);
@@ -252,8 +254,7 @@ static json_t *reason_of(const struct daemon *daemon, const struct guest *guest)
 {
     const char *parts[] = {guest->reason, guest->domain_note,
                            guest->session ? guest->stats.reason : "",
-                           daemon->domains.budget.full ? "the store is full" : "",
-                           guest->account.mismatch ? "its places do not sum" : ""};
+                           daemon->domains.budget.full ? "the store is full" : ""};
     char text[1024] = "";
     size_t used = 0;
 
@@ -384,7 +385,7 @@ static void host_metrics(FILE *out, const struct daemon *daemon, const struct fi
             daemon->domains.budget.refused_pages);
     counter(out, "sessions_ended_badly_total", "Agents that lost their session by what they said.",
             daemon->agents.ended_badly);
-    counter(out, "ledger_mismatches_total", "Statements of places that did not sum.",
+    counter(out, "ledger_mismatches_total", "Statements of an agent that did not sum.",
             daemon->ledger.mismatches);
     counter(out, "events_total", "Events.", daemon->events.emitted);
     counter(out, "turns_total", "Turns of the loop.", daemon->loop.turns);

@@ -78,6 +78,11 @@ Test(sim, shares_move_to_other_segments)
     cr_assert_gt(sim.remapped, 0);
 }
 
+Test(sim, agents_lose_patience_with_a_memd_that_stands_still)
+{
+    walk((struct sim_options){.seed = 7, .cuts = true, .restarts = true}, steps());
+}
+
 Test(sim, a_seed_that_does_not_repeat_its_walk)
 {
     struct sim_options options = {.seed = 6, .liars = true, .restarts = true};

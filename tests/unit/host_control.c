@@ -448,3 +448,70 @@ Test(host_control, an_address_that_was_taken_is_tried_again)
     UNTIL(&world, NULL, 0, ask_port(&world, port, "GET /metrics") == 200);
     world_stop(&world);
 }
+
+/* ---- who holds connections ---- */
+
+#define A_UID 16U  /* what one stranger may hold, */
+#define ALL   128U /* and all of them together */
+
+/* Connects so often as this user and says nothing; returns how many of them memd keeps. */
+static uint32_t hold(struct world *world, uid_t uid, int *fds, uint32_t count)
+{
+    uint32_t kept = 0;
+    char byte;
+
+    for (uint32_t i = 0; i < count; i++) {
+        fds[i] = http_connect_as(world, uid);
+        world_turn(world);
+    }
+    for (int i = 0; i < 20; i++)
+        world_turn(world);
+    for (uint32_t i = 0; i < count; i++)
+        kept += recv(fds[i], &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+    return kept;
+}
+
+static void let_go(struct world *world, int *fds, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        close(fds[i]);
+    for (int i = 0; i < 20; i++)
+        world_turn(world);
+}
+
+Test(host_control, a_user_that_holds_connections_keeps_nobody_else_out)
+{
+    struct world world;
+    int fds[2 * A_UID];
+
+    if (geteuid() != 0)
+        cr_skip_test("only root can become somebody else");
+    world_start(&world, "");
+    cr_assert_eq(hold(&world, STRANGER, fds, 2 * A_UID), A_UID);
+    cr_assert_eq(http_status_as(&world, STRANGER, "GET", "/v1/status", ""), 503);
+    cr_assert_eq(http_status_as(&world, STRANGER + 1, "GET", "/v1/status", ""), 403);
+    cr_assert_eq(http_status(&world, "GET", "/v1/status", ""), 200);
+    let_go(&world, fds, 2 * A_UID);
+    cr_assert_eq(http_status_as(&world, STRANGER, "GET", "/v1/status", ""), 403,
+                 "what was let go counts no more");
+    world_stop(&world);
+}
+
+Test(host_control, users_that_hold_connections_do_not_keep_root_out)
+{
+    static int fds[10][A_UID];
+    struct world world;
+    uint32_t kept = 0;
+
+    if (geteuid() != 0)
+        cr_skip_test("only root can become somebody else");
+    world_start(&world, "");
+    for (uint32_t i = 0; i < 10; i++)
+        kept += hold(&world, STRANGER + i, fds[i], A_UID);
+    cr_assert_eq(kept, ALL);
+    cr_assert_eq(http_status(&world, "GET", "/v1/status", ""), 200);
+    for (uint32_t i = 0; i < 10; i++)
+        let_go(&world, fds[i], A_UID);
+    cr_assert_eq(http_status_as(&world, STRANGER + 9, "GET", "/v1/status", ""), 403);
+    world_stop(&world);
+}

@@ -9,11 +9,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "host_http.h"
 #include "host_world.h"
+#include "state.h"
 
 #define PAGES 200U
 
@@ -338,6 +342,37 @@ Test(host_restart, a_killed_memd_leaves_a_directory_that_the_next_one_can_use, .
     world_stop(&world);
 }
 
+static bool answers(const struct world *world)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool connected;
+
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s/memd.sock", world->dir);
+    connected = connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0;
+    close(fd);
+    return connected;
+}
+
+/* What io_uring polls lives on for a moment after a kill, where that comes early. */
+Test(host_restart, a_killed_memd_does_not_answer_any_more, .timeout = 60)
+{
+    struct world world;
+
+    world_start(&world, web());
+    daemon_stop(&world.daemon);
+    world.running = false;
+    for (int round = 0; round < 24; round++) {
+        pid_t pid = start_victim(&world);
+
+        usleep((useconds_t)(1000 + round * 1000));
+        kill(pid, SIGKILL);
+        cr_assert_eq(waitpid(pid, NULL, 0), pid);
+        cr_assert_not(answers(&world));
+    }
+    world_stop(&world);
+}
+
 Test(host_restart, a_second_memd_on_the_same_state_is_refused)
 {
     struct world world;
@@ -374,5 +409,109 @@ Test(host_restart, what_memctl_set_said_is_kept_above_the_file)
     guest = registry_find(&world.daemon, "a");
     cr_assert_eq(guest->account.min_bytes, 3 << 20);
     cr_assert_eq(guest->account.shares, 6);
+    world_stop(&world);
+}
+
+/* ---- the list of guests is written while the loop goes on ---- */
+
+static bool is_listed(const struct world *world, const char *name)
+{
+    json_t *list = state_read(world->daemon.state_dir, "guests.json"), *guest;
+    bool found = false;
+    size_t i;
+
+    json_array_foreach(list, i, guest)
+    {
+        found |= strcmp(json_string_value(json_object_get(guest, "name")), name) == 0;
+    }
+    json_decref(list);
+    return found;
+}
+
+static int post(struct world *world, const char *name)
+{
+    char body[128];
+
+    snprintf(body, sizeof(body), "{\"name\":\"%s\",\"pid\":%d,\"max_bytes\":4096}", name,
+             (int)getpid());
+    return http_status(world, "POST", "/v1/guests", body);
+}
+
+/* Whoever kills memd now: the next one knows the guest. */
+Test(host_restart, who_is_told_that_it_is_registered_is_on_the_list)
+{
+    struct world world;
+
+    world_start(&world, "");
+    cr_assert_eq(post(&world, "a"), 201);
+    cr_assert(is_listed(&world, "a"));
+    world_stop(&world);
+}
+
+Test(host_restart, guests_that_come_and_go_while_the_list_is_written_are_in_the_next_one)
+{
+    static const char *const names[] = {"a", "b", "c", "d"};
+    struct world world;
+    const struct state_saver *saver = &world.daemon.registry.saver;
+
+    world_start(&world, "");
+    for (int i = 0; i < 4; i++)
+        (void)world_register(&world, names[i], NULL);
+    registry_remove(registry_find(&world.daemon, "b"), "guest_gone", "test");
+    cr_assert_eq(saver->asked, 5);
+    cr_assert_eq(saver->written, 0, "the loop waited for a file");
+    UNTIL(&world, NULL, 0, saver->written);
+    cr_assert_eq(saver->written, 1);
+    UNTIL(&world, NULL, 0, saver->written == 5);
+    for (int i = 0; i < 4; i++)
+        cr_assert_eq(is_listed(&world, names[i]), i != 1);
+    world_stop(&world);
+}
+
+Test(host_restart, a_list_that_cannot_be_written_stops_nobody)
+{
+    struct world world;
+    char path[128];
+
+    world_start(&world, "");
+    snprintf(path, sizeof(path), "%s/state/guests.json.new", world.dir);
+    cr_assert_eq(mkdir(path, 0700), 0);
+    freopen("/dev/null", "w", stderr); /* it says so */
+    cr_assert_eq(post(&world, "a"), 201);
+    cr_assert_not(is_listed(&world, "a"));
+    cr_assert_eq(rmdir(path), 0);
+    cr_assert_eq(post(&world, "b"), 201);
+    cr_assert(is_listed(&world, "a") && is_listed(&world, "b"));
+    world_stop(&world);
+}
+
+/* The one that was registered has ended while there was no memd; the other one says hello. */
+Test(host_restart, a_vmm_that_daemonizes_while_memd_is_away_is_waited_for)
+{
+    struct guest_request request = {.pid = fork(), .engine = ENGINE_AGENT};
+    struct guest *guest;
+    struct world world;
+    struct fake fake;
+    char words[256];
+
+    if (request.pid == 0) {
+        pause();
+        _exit(0);
+    }
+    world_start(&world, "");
+    strcpy(request.name, "a");
+    request.wish.has_max = true;
+    cr_assert_eq(registry_add(&world.daemon, &request, &guest, words, sizeof(words)), 0);
+    daemon_stop(&world.daemon);
+    kill(request.pid, SIGKILL);
+    waitpid(request.pid, NULL, 0);
+    world_restart(&world, "");
+    guest = registry_find(&world.daemon, "a");
+    cr_assert_not_null(guest);
+    fake_connect(&fake, &world, guest->token);
+    cr_assert(fake_hello(&fake, false));
+    cr_assert_eq(guest->pid, getpid());
+    cr_assert_geq(guest->death.fd, 0);
+    fake_close(&fake);
     world_stop(&world);
 }

@@ -199,9 +199,10 @@ static void offer_held(struct memd_vm *vm)
     struct message_plain end = {.header = {MESSAGE_HELD_END, sizeof(end)}};
 
     for (uint32_t s = 0; s < SEGMENTS_HELD_MAX; s++) {
-        const struct held_segment *held = &vm->segments.table[s];
+        struct held_segment *held = &vm->segments.table[s];
         struct message_segment message = {
             .header = {MESSAGE_HELD, sizeof(message)}, .segment = held->id, .pages = held->pages};
+        held->to_be_dropped = false; /* memd asks again, if it still wants that */
         if (held->view)
             send_surely(vm, &message, sizeof(message), held->fd);
     }

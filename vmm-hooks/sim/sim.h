@@ -15,9 +15,9 @@
  * own session and nothing else.
  *
  * Invariants that are looked at (sim_check.c): an honest agent is never asked to share a page with
- * content that it never offered, never loses its session, and never gets a segment of another
- * domain; at rest the figures of memd are the agents'; what nobody uses any more is closed; one
- * turn of the loop does a bounded amount of work.
+ * content that it never offered, never loses its session (and is not called a liar when it has hung
+ * up itself), and never gets a segment of another domain; at rest the figures of memd are the
+ * agents'; what nobody uses any more is closed; one turn of the loop does a bounded amount of work.
  *
  * Not simulated: the agent's own machinery (freeze, remap, faults), which tests/unit and tests/live
  * have; the control socket, except that its status is what is compared.
@@ -78,6 +78,8 @@ struct sim_vmm {
     uint64_t must_end_by;     /* turn; 0: it has said nothing that must end its session */
     const char *lie;          /* the word for it */
     uint64_t next_connect_ns; /* not before */
+    uint64_t patience_ns;     /* until then it waits for its WELCOME */
+    uint32_t cut_after;       /* sendings of what it holds until the connection breaks; 0: never */
 
     int fd;
     struct ring *ring;
@@ -112,6 +114,7 @@ struct sim_options {
     bool weak_hashes; /* different contents collide all the time */
     bool restarts;    /* memd is stopped and started again */
     bool slow;        /* so much time between two things that many small segments come about */
+    bool cuts; /* memd stands still for seconds; connections break in the middle of greetings */
     bool verbose;
 };
 
@@ -125,6 +128,7 @@ struct sim {
     struct sim_seen *seen;
     uint32_t seen_count, vmm_count;
     uint64_t steps, turns, trace;
+    bool still;         /* memd gets no turn: who waits for it loses patience */
     bool uid_admitted;  /* the second uid of the first domain, at present */
     bool detach_on_way; /* sessions may end for what the walk itself asked memd to do */
     int idle_fds;       /* descriptors of a memd without guests */

@@ -3,10 +3,12 @@
  * The loop's lower half on the simulated machine. It never waits. Descriptors are real, so it asks
  * the kernel what is ready (epoll for what is told once, poll for what is told as long as it lasts:
  * the same readiness that io_uring's polls report), tells it in an order that chance decides, and
- * sometimes tells it a turn later. A read is done at once and told in a later turn.
+ * sometimes tells it a turn later. A job is done at once and told in a later turn.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -18,13 +20,13 @@
 #define BATCH   256U
 #define LATE_IN 8U /* once in so many times something is told a turn later */
 
-enum slot_kind { SLOT_FREE, SLOT_WATCH, SLOT_READ };
+enum slot_kind { SLOT_FREE, SLOT_WATCH, SLOT_JOB };
 
 struct slot {
     enum slot_kind kind;
     void *target;
     uint32_t events; /* that are still to be told */
-    int result;      /* of a read */
+    int result;      /* of a job */
 };
 
 struct loop_kernel {
@@ -97,15 +99,60 @@ void loop_watch_remove(struct loop *loop, struct loop_watch *watch)
     watch->op = LOOP_NOT_QUEUED;
 }
 
-int loop_read_start(struct loop *loop, struct loop_read *read, int fd, void *buffer, uint32_t bytes)
-{
-    int result = take_slot(loop->kernel, SLOT_READ, read, &read->op);
+/* ---- jobs ---- */
 
-    if (result)
-        return result;
-    result = (int)pread(fd, buffer, bytes, 0);
-    loop->kernel->slots[read->op].result = result < 0 ? -errno : result;
-    return 0;
+static void keep_result(struct loop *loop, const struct loop_job *job, ssize_t result)
+{
+    loop->kernel->slots[job->op].result = result < 0 ? -errno : (int)result;
+}
+
+int loop_read_start(struct loop *loop, struct loop_job *job, int fd, void *buffer, uint32_t bytes)
+{
+    int result = take_slot(loop->kernel, SLOT_JOB, job, &job->op);
+
+    if (!result)
+        keep_result(loop, job, pread(fd, buffer, bytes, 0));
+    return result;
+}
+
+int loop_write_start(struct loop *loop, struct loop_job *job, int fd, const void *buffer,
+                     uint32_t bytes)
+{
+    int result = take_slot(loop->kernel, SLOT_JOB, job, &job->op);
+
+    if (!result)
+        keep_result(loop, job, pwrite(fd, buffer, bytes, 0));
+    return result;
+}
+
+int loop_open_start(struct loop *loop, struct loop_job *job, int dir, const char *name, int flags)
+{
+    int result = take_slot(loop->kernel, SLOT_JOB, job, &job->op);
+
+    if (!result)
+        keep_result(loop, job, openat(dir, name, flags, 0600));
+    return result;
+}
+
+/* The machine under the simulation does not lose its disk. */
+int loop_sync_start(struct loop *loop, struct loop_job *job, int fd)
+{
+    int result = take_slot(loop->kernel, SLOT_JOB, job, &job->op);
+
+    (void)fd;
+    if (!result)
+        keep_result(loop, job, 0);
+    return result;
+}
+
+int loop_rename_start(struct loop *loop, struct loop_job *job, int dir, const char *from,
+                      const char *to)
+{
+    int result = take_slot(loop->kernel, SLOT_JOB, job, &job->op);
+
+    if (!result)
+        keep_result(loop, job, renameat(dir, from, dir, to));
+    return result;
 }
 
 /* ---- a turn ---- */
@@ -151,7 +198,7 @@ int loop_kernel_wait(struct loop *loop, uint64_t wait_ns)
 
 static bool is_due(const struct slot *slot)
 {
-    return slot->kind == SLOT_READ || (slot->kind == SLOT_WATCH && slot->events);
+    return slot->kind == SLOT_JOB || (slot->kind == SLOT_WATCH && slot->events);
 }
 
 static void tell(struct loop_kernel *kernel, uint32_t number)
@@ -161,11 +208,11 @@ static void tell(struct loop_kernel *kernel, uint32_t number)
     if (!is_due(&slot))
         return; /* somebody who was told before has removed it */
     kernel->slots[number].events = 0;
-    if (slot.kind == SLOT_READ) {
-        struct loop_read *read = slot.target;
+    if (slot.kind == SLOT_JOB) {
+        struct loop_job *job = slot.target;
 
         kernel->slots[number].kind = SLOT_FREE;
-        read->done(read, slot.result);
+        job->done(job, slot.result);
     } else {
         struct loop_watch *watch = slot.target;
 

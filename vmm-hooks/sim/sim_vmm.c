@@ -22,6 +22,7 @@
 #define TRIES         2000U
 #define NEVER_BUSY    24U /* one MERGE in so many is refused for a pinned page */
 #define NS_PER_MS     1000000ULL
+#define PATIENCE_NS   (5000 * NS_PER_MS) /* rpc.c: GREET_TIMEOUT_S */
 #define SEALS         (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 #define MESSAGE_BYTES 1024U
 
@@ -40,6 +41,7 @@ static void hang_up(struct sim_vmm *vmm)
     vmm->ring = NULL;
     vmm->fd = -1;
     vmm->todo_count = 0;
+    vmm->rung = false;
     vmm->must_end_by = 0;
     vmm->link = SIM_ALONE;
     vmm->next_connect_ns = vmm->sim->host.now_ns + 100 * NS_PER_MS;
@@ -79,6 +81,10 @@ void sim_vmm_send(struct sim_vmm *vmm, const void *message, uint32_t bytes, cons
     for (uint32_t i = 0; i < TRIES && vmm->fd >= 0; i++) {
         if (send_once(vmm, message, bytes, fds, fd_count))
             return;
+        if (vmm->sim->still) {
+            hang_up(vmm);
+            return;
+        }
         sim_turn(vmm->sim);
     }
     if (vmm->fd >= 0 && !vmm->liar)
@@ -111,6 +117,10 @@ void sim_vmm_put(struct sim_vmm *vmm, uint32_t op, uint32_t page, uint64_t arg)
         }
         vmm->rung = true;
         sim_vmm_ring(vmm);
+        if (vmm->sim->still) {
+            sim_vmm_disconnect(vmm);
+            return;
+        }
         sim_turn(vmm->sim);
     }
     /* memd closes its end without touching the ring: whoever waits for room learns it here. */
@@ -411,26 +421,54 @@ void sim_vmm_connect(struct sim_vmm *vmm)
     }
     sim_host_connects(&vmm->sim->host, vmm->uid, vmm->pid);
     vmm->link = SIM_GREETING;
+    vmm->patience_ns = vmm->sim->host.now_ns + PATIENCE_NS;
     memcpy(hello.token, vmm->token, sizeof(hello.token));
     sim_vmm_send(vmm, &hello, sizeof(hello), NULL, 0);
 }
 
+/* Something was sent; the connection may break behind it. */
+static void may_be_cut(struct sim_vmm *vmm)
+{
+    if (vmm->cut_after && --vmm->cut_after == 0)
+        sim_vmm_disconnect(vmm);
+}
+
+/* Where the connection breaks while it says what it holds: early, late, or just behind it. */
+static void choose_cut(struct sim_vmm *vmm)
+{
+    uint32_t count = vmm->segment_count + 1;
+
+    for (uint32_t i = 0; i < vmm->page_count; i++)
+        count += vmm->pages[i].slot != SLOT_NONE;
+    vmm->cut_after = 0;
+    if (!vmm->sim->options.cuts || sim_host_once_in(&vmm->sim->host, 2))
+        return;
+    vmm->cut_after =
+        sim_host_once_in(&vmm->sim->host, 3) ? count : 1 + sim_host_below(&vmm->sim->host, count);
+}
+
 static void offer_held(struct sim_vmm *vmm)
 {
+    choose_cut(vmm);
     for (uint32_t i = 0; i < vmm->segment_count && vmm->link == SIM_SERVED; i++) {
         struct message_segment held = {
             {MESSAGE_HELD, sizeof(held)}, vmm->segments[i].id, vmm->segments[i].pages};
 
         sim_vmm_send(vmm, &held, sizeof(held), &vmm->segments[i].fd, 1);
+        may_be_cut(vmm);
     }
     for (uint32_t i = 0; i < vmm->page_count && vmm->link == SIM_SERVED; i++) {
         if (vmm->pages[i].slot == SLOT_NONE)
             continue;
         vmm->pages[i].had = true;
         sim_vmm_put(vmm, RING_HAVE, i, vmm->pages[i].slot);
+        may_be_cut(vmm);
     }
+    if (vmm->link != SIM_SERVED)
+        return;
     sim_vmm_ring(vmm);
     send_plain(vmm, MESSAGE_HELD_END);
+    may_be_cut(vmm);
 }
 
 /* memd knows nothing of what was offered before. */
@@ -583,7 +621,10 @@ static void answer_want(struct sim_vmm *vmm, struct ring_entry entry)
     for (uint32_t i = 0; i < TRIES && vmm->ring && !page_buffer(vmm, &buffer); i++) {
         vmm->rung = true;
         sim_vmm_ring(vmm);
-        sim_turn(vmm->sim);
+        if (vmm->sim->still)
+            sim_vmm_disconnect(vmm);
+        else
+            sim_turn(vmm->sim);
     }
     if (!vmm->ring)
         return;
@@ -724,6 +765,8 @@ void sim_vmm_step(struct sim_vmm *vmm, uint32_t read, uint32_t answers)
         sim_vmm_connect(vmm);
     for (uint32_t i = 0; i < read && vmm->fd >= 0 && receive(vmm); i++)
         ;
+    if (vmm->link == SIM_GREETING && vmm->sim->host.now_ns >= vmm->patience_ns)
+        hang_up(vmm);
     if (vmm->link == SIM_SERVED)
         take_entries(vmm, read);
     while (answers-- && vmm->todo_count && vmm->link == SIM_SERVED) {

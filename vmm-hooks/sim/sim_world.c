@@ -183,8 +183,7 @@ struct sim_vmm *sim_add(struct sim *sim, uint32_t domain, bool liar)
     snprintf(vmm->name, sizeof(vmm->name), "vm%u", vmm->number);
     result = sim_vmm_register(vmm);
     if (result) {
-        if (result != -EBUSY || !sim->daemon.ledger.mismatches_now)
-            sim_wrong(sim, "%s can't be registered: %s", vmm->name, strerror(-result));
+        sim_wrong(sim, "%s can't be registered: %s", vmm->name, strerror(-result));
         sim_host_kill(&sim->host, vmm->pid);
         return NULL;
     }
@@ -344,6 +343,22 @@ static void let_config_change(struct sim *sim)
     daemon_reload(&sim->daemon);
 }
 
+/* As when memd waits for a disk: agents connect, greet, say what they hold, and give up. */
+static void let_stand_still(struct sim *sim)
+{
+    if (!sim->options.cuts)
+        return;
+    sim->still = true;
+    for (uint32_t seconds = 2 + sim_host_below(&sim->host, 12); seconds > 0; seconds--) {
+        for (uint32_t i = 0; i < SIM_VMMS; i++) {
+            if (sim->vmms[i].link != SIM_OFF && !sim->vmms[i].stalled)
+                sim_vmm_step(&sim->vmms[i], 200, 200);
+        }
+        sim_host_pass(&sim->host, NS_PER_S);
+    }
+    sim->still = false;
+}
+
 static void let_restart(struct sim *sim)
 {
     if (sim->options.restarts)
@@ -354,10 +369,10 @@ static const struct {
     uint32_t weight;
     void (*let)(struct sim *sim);
 } events[] = {
-    {600, let_act},         {250, let_write},    {120, let_pass},     {60, let_lie},
-    {250, let_turn},        {90, let_time_pass}, {5, let_disconnect}, {3, let_die},
-    {12, let_come},         {4, let_stall},      {6, let_plug},       {2, let_detach},
-    {1, let_config_change}, {1, let_restart},
+    {600, let_act},         {250, let_write},    {120, let_pass},      {60, let_lie},
+    {250, let_turn},        {90, let_time_pass}, {5, let_disconnect},  {3, let_die},
+    {12, let_come},         {4, let_stall},      {6, let_plug},        {2, let_detach},
+    {1, let_config_change}, {1, let_restart},    {4, let_stand_still},
 };
 #define EVENTS (sizeof(events) / sizeof(events[0]))
 
@@ -399,6 +414,8 @@ static const char *is_at(const struct sim *sim)
 {
     const char *what = sim->daemon.loop.first_task ? "the loop has tasks" : NULL;
 
+    if (sim->daemon.registry.saver.taken)
+        what = "the list of guests is being written";
     for (uint32_t i = 0; i < SIM_VMMS; i++) {
         if (!sim_vmm_is_idle(&sim->vmms[i]))
             return "an agent has something to read, or memd has";

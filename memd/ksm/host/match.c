@@ -153,7 +153,7 @@ void ksm_match_content(struct ksm_member *member, uint32_t page, uint32_t tag, u
 
 static bool is_known(const struct ksm_member *member, uint32_t page)
 {
-    return page < member->pages;
+    return page < member->announced;
 }
 
 /* The page is asked for its old content, and has other content now: what was asked is void, the
@@ -265,6 +265,22 @@ static bool is_merging(const struct ksm_member *member, uint32_t ref, uint32_t s
            ksm_ref_value(member->domain, ref) == slot;
 }
 
+/* The share has moved to the new slot; the old one has a user less. */
+static int end_remap_well(struct ksm_member *member, struct ksm_remap *remap, uint32_t ref)
+{
+    struct trust_domain *domain = member->domain;
+    uint32_t old = ksm_ref_value(domain, ref), slot = remap->slot;
+
+    if (ksm_ref_state(domain, ref) != PAGE_SHARED)
+        return -EPROTO;
+    end_remap(member, remap);
+    ksm_ref_set(domain, ref, PAGE_SHARED, slot);
+    ksm_member_release(member, old);
+    return 0;
+}
+
+/* A REMAP and a MERGE may be out for one page and slot: the share broke while the REMAP was on its
+ * way, and the page was offered again. The REMAP was sent before, so the first answer is its. */
 int ksm_match_merged(struct ksm_member *member, uint32_t page, uint32_t slot)
 {
     struct trust_domain *domain = member->domain;
@@ -276,20 +292,15 @@ int ksm_match_merged(struct ksm_member *member, uint32_t page, uint32_t slot)
     if (ksm_member_page_is_gone(member, page))
         return 0;
     ref = ksm_ref_of(member, page);
-    if (is_merging(member, ref, slot)) {
-        ksm_ref_set(domain, ref, PAGE_SHARED, slot);
-        member->shared++;
-        member->asked--;
-        domain->counters.merged++;
-        return 0;
-    }
     remap = find_remap(member, page, slot);
-    if (!remap || ksm_ref_state(domain, ref) != PAGE_SHARED)
+    if (remap)
+        return end_remap_well(member, remap, ref);
+    if (!is_merging(member, ref, slot))
         return -EPROTO;
-    uint32_t old = ksm_ref_value(domain, ref);
-    end_remap(member, remap);
     ksm_ref_set(domain, ref, PAGE_SHARED, slot);
-    ksm_member_release(member, old);
+    member->shared++;
+    member->asked--;
+    domain->counters.merged++;
     return 0;
 }
 
@@ -306,14 +317,14 @@ int ksm_match_not_merged(struct ksm_member *member, uint32_t page, uint32_t slot
         return 0;
     ref = ksm_ref_of(member, page);
     domain->counters.not_merged++;
-    if (is_merging(member, ref, slot)) {
+    remap = find_remap(member, page, slot);
+    if (remap) {
+        end_remap(member, remap);
+    } else if (is_merging(member, ref, slot)) {
         ksm_ref_set(domain, ref, PAGE_UNKNOWN, 0);
         member->asked--;
     } else {
-        remap = find_remap(member, page, slot);
-        if (!remap)
-            return -EPROTO;
-        end_remap(member, remap);
+        return -EPROTO;
     }
     ksm_member_release(member, slot);
     return 0;
@@ -339,7 +350,6 @@ int ksm_match_broken(struct ksm_member *member, uint32_t page, uint32_t slot)
 int ksm_match_have(struct ksm_member *member, uint32_t page, uint32_t slot)
 {
     struct trust_domain *domain = member->domain;
-    const struct ksm_segment *segment;
     uint32_t ref;
 
     if (!is_known(member, page) || slot == SLOT_NONE || !ksm_store_has(&domain->store, slot) ||
@@ -348,9 +358,7 @@ int ksm_match_have(struct ksm_member *member, uint32_t page, uint32_t slot)
     if (ksm_member_page_is_gone(member, page))
         return 0;
     ref = ksm_ref_of(member, page);
-    segment = ksm_store_segment(&domain->store, SLOT_SEGMENT(slot));
-    if (ksm_member_know(member, page) || ksm_ref_state(domain, ref) != PAGE_UNKNOWN ||
-        segment->users_of[SLOT_PAGE(slot)] == UINT16_MAX)
+    if (ksm_member_know(member, page) || ksm_ref_state(domain, ref) != PAGE_UNKNOWN)
         return -EPROTO;
     ksm_member_use(member, slot);
     ksm_ref_set(domain, ref, PAGE_SHARED, slot);

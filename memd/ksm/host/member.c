@@ -58,6 +58,7 @@ static int take_chunk(struct trust_domain *domain, struct ksm_member *member, ui
         domain->free_chunk = domain->chunks[number].next_free;
     domain->chunks[number] =
         (struct ksm_chunk){.member = member, .first_page = member->chunk_count << KSM_CHUNK_SHIFT};
+    domain->taken_chunks++;
     *ret_chunk = number;
     return 0;
 }
@@ -70,6 +71,7 @@ static void free_chunk(struct trust_domain *domain, uint32_t number)
         munmap(chunk->values, CHUNK_BYTES);
     *chunk = (struct ksm_chunk){.next_free = domain->free_chunk};
     domain->free_chunk = number;
+    domain->taken_chunks--;
 }
 
 int ksm_member_know(struct ksm_member *member, uint32_t page)
@@ -95,27 +97,44 @@ uint32_t ksm_member_next_known(const struct ksm_member *member, uint32_t page, u
     return page < end ? page : end;
 }
 
-int ksm_member_grow(struct ksm_member *member, uint32_t pages)
+static int grow_chunks(struct ksm_member *member, uint32_t count)
 {
-    uint32_t count = (uint32_t)(((uint64_t)pages + KSM_CHUNK_PAGES - 1) >> KSM_CHUNK_SHIFT);
     uint32_t *chunks;
 
-    if (pages <= member->pages)
+    if (count <= member->chunk_count)
         return 0;
-    if (pages > GUEST_MAX_PAGES)
-        return -ENOSPC;
     chunks = realloc(member->chunks, count * sizeof(*chunks));
     if (!chunks)
-        return -ENOMEM;
+        return -ENOSPC;
     member->chunks = chunks;
     while (member->chunk_count < count) {
-        int result = take_chunk(member->domain, member, &chunks[member->chunk_count]);
+        uint32_t taken = member->domain->taken_chunks;
+        int result = member->chunk_count < KSM_CHUNKS - taken
+                         ? take_chunk(member->domain, member, &chunks[member->chunk_count])
+                         : -ENOSPC;
+
         if (result)
             return result;
         member->chunk_count++;
     }
-    member->pages = pages;
     return 0;
+}
+
+int ksm_member_grow(struct ksm_member *member, uint32_t pages)
+{
+    bool had_room = member->pages == member->announced;
+    uint64_t room;
+    int result;
+
+    if (pages <= member->announced)
+        return 0;
+    member->announced = pages;
+    if (!had_room)
+        return -ENOSPC;
+    result = grow_chunks(member, (pages + KSM_CHUNK_PAGES - 1) >> KSM_CHUNK_SHIFT);
+    room = (uint64_t)member->chunk_count << KSM_CHUNK_SHIFT;
+    member->pages = room < pages ? (uint32_t)room : pages;
+    return result;
 }
 
 /* ---- segments and slots ---- */
@@ -226,44 +245,88 @@ static void let_go(struct ksm_member *member, uint32_t page)
         forget_remaps(member, page);
 }
 
+/* The number of the first range that ends behind this page. */
+static uint32_t find_gone(const struct ksm_member *member, uint32_t page)
+{
+    uint32_t low = 0, high = member->gone_count;
+
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+
+        if (member->gone[middle].end > page)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+/* Into its place, and one with its neighbours where they touch. */
+static int add_gone(struct ksm_member *member, uint32_t first, uint32_t end)
+{
+    uint32_t at = find_gone(member, first);
+    struct ksm_page_range *gone = member->gone;
+    bool before = at > 0 && gone[at - 1].end == first;
+    bool behind = at < member->gone_count && gone[at].first == end;
+
+    if (before && behind) {
+        gone[at - 1].end = gone[at].end;
+        member->gone_count--;
+        memmove(&gone[at], &gone[at + 1], (member->gone_count - at) * sizeof(*gone));
+    } else if (before) {
+        gone[at - 1].end = end;
+    } else if (behind) {
+        gone[at].first = first;
+    } else {
+        gone = realloc(gone, (member->gone_count + 1) * sizeof(*gone));
+        if (!gone)
+            return -ENOMEM;
+        member->gone = gone;
+        memmove(&gone[at + 1], &gone[at], (member->gone_count - at) * sizeof(*gone));
+        gone[at] = (struct ksm_page_range){first, end};
+        member->gone_count++;
+    }
+    return 0;
+}
+
 int ksm_member_pages_gone(struct ksm_member *member, uint32_t first, uint32_t end)
 {
-    struct ksm_page_range *gone = realloc(member->gone, (member->gone_count + 1) * sizeof(*gone));
+    int result = add_gone(member, first, end);
 
-    if (!gone)
-        return -ENOMEM;
-    member->gone = gone;
-    gone[member->gone_count++] = (struct ksm_page_range){first, end};
-    if (!member->gone_task.queued && !member->leaving) {
-        member->gone_page = member->gone[member->gone_done].first;
-        loop_task_add(member->domain->loop, &member->gone_task);
-    }
+    if (result || member->leaving)
+        return result;
+    if (!member->gone_task.queued || first < member->gone_page)
+        member->gone_page = first;
+    loop_task_add(member->domain->loop, &member->gone_task);
     return 0;
 }
 
 bool ksm_member_page_is_gone(const struct ksm_member *member, uint32_t page)
 {
-    for (uint32_t i = 0; i < member->gone_count; i++) {
-        if (page >= member->gone[i].first && page < member->gone[i].end)
-            return true;
-    }
-    return false;
+    uint32_t at = find_gone(member, page);
+
+    return page >= member->pages || (at < member->gone_count && member->gone[at].first <= page);
 }
 
+/* From gone_page on; a page that was let go before costs a look. */
 static bool step_gone(struct loop_task *task)
 {
     struct ksm_member *member = task->owner;
-    uint32_t end = member->gone[member->gone_done].end;
+    uint32_t left = LEAVE_STEP_PAGES;
 
-    member->gone_page = ksm_member_next_known(member, member->gone_page, end);
-    for (uint32_t i = 0; i < LEAVE_STEP_PAGES && member->gone_page < end; i++)
-        let_go(member, member->gone_page++);
-    if (member->gone_page < end)
-        return true;
-    if (++member->gone_done == member->gone_count)
-        return false;
-    member->gone_page = member->gone[member->gone_done].first;
-    return true;
+    for (uint32_t i = find_gone(member, member->gone_page); i < member->gone_count; i++) {
+        const struct ksm_page_range *gone = &member->gone[i];
+        uint32_t end = gone->end < member->pages ? gone->end : member->pages;
+
+        if (member->gone_page < gone->first)
+            member->gone_page = gone->first;
+        while ((member->gone_page = ksm_member_next_known(member, member->gone_page, end)) < end) {
+            if (!left--)
+                return true;
+            let_go(member, member->gone_page++);
+        }
+    }
+    return false;
 }
 
 /* ---- leaving ---- */

@@ -51,8 +51,9 @@ struct ksm_member {
     const struct ksm_member_ops *ops;
     void *agent;
     uint32_t id;
-    uint32_t pages;   /* page numbers below this are known */
-    uint32_t *chunks; /* for each 2^15 pages the number of the domain's chunk */
+    uint32_t announced; /* page numbers below this exist; */
+    uint32_t pages;     /* those below this have a place in the hint space */
+    uint32_t *chunks;   /* for each 2^15 pages the number of the domain's chunk */
     uint32_t chunk_count;
     uint64_t *held;  /* bitmap: the segments that its agent has */
     uint64_t shared; /* pages in state SHARED */
@@ -65,9 +66,11 @@ struct ksm_member {
     struct loop_task leave_task;
     uint32_t leave_page;
     struct loop_task gone_task; /* lets go of the pages of blocks that have left */
+    /* These, in order. What follows each other is one: there are as many as blocks that live, and
+     * one more at most, however many have come and gone. */
     struct ksm_page_range *gone;
-    uint32_t gone_count, gone_done;
-    uint32_t gone_page;
+    uint32_t gone_count;
+    uint32_t gone_page; /* where gone_task stands */
     struct ksm_member *next;
 };
 
@@ -84,7 +87,14 @@ void ksm_member_leave(struct ksm_member *member);
 /* Frees the member and touches nothing else: the whole domain goes. */
 void ksm_member_discard(struct ksm_member *member);
 
-/* Page numbers up to pages exist from now on. -ENOSPC: the domain's hint space is full. */
+/*
+ * Page numbers up to pages (GUEST_MAX_PAGES at most) exist from now on. -ENOSPC: from some page on
+ * they have no place in the domain's hint space, now or later: what is said about them means
+ * nothing, as if they had left, and nothing of them is shared.
+ *
+ * A member gets no more of the space than it leaves to others: to announce costs nothing, and
+ * whoever claims too much must not take what the others have.
+ */
 int ksm_member_grow(struct ksm_member *member, uint32_t pages);
 /* Makes room for what is known about a page; before that it is UNKNOWN and nothing can be said
  * about it. RAM that nobody speaks of costs nothing, however much was announced. -ENOMEM. */
@@ -92,7 +102,7 @@ int ksm_member_know(struct ksm_member *member, uint32_t page);
 /* The first page from `page` on that something may be known about; `end` when there is none before
  * that. */
 uint32_t ksm_member_next_known(const struct ksm_member *member, uint32_t page, uint32_t end);
-/* The pages first to end have left; what is said about them from now on means nothing. */
+/* The pages first to end have left; what is said about them from now on means nothing. -ENOMEM. */
 int ksm_member_pages_gone(struct ksm_member *member, uint32_t first, uint32_t end);
 bool ksm_member_page_is_gone(const struct ksm_member *member, uint32_t page);
 

@@ -50,9 +50,9 @@ struct ksm_segment {
     uint32_t indexed; /* its first slots that are in the index */
     uint64_t age;     /* the store's count of published segments when this one was */
     uint32_t *tags;
-    uint16_t *users_of;
-    bool pinned;     /* at work on it: not retired, whatever its users */
-    uint32_t *moved; /* SPARSE, while users are being moved: the new slot of each page */
+    uint32_t *users_of; /* HAVE may bring more than KSM_SLOT_USERS_MAX: it tells what is so */
+    bool pinned;        /* at work on it: not retired, whatever its users */
+    uint32_t *moved;    /* SPARSE, while users are being moved: the new slot of each page */
     struct ksm_segment *next, *previous; /* all segments of the store */
 };
 

@@ -81,7 +81,7 @@ struct trust_domain {
     struct ksm_record record;
     struct ksm_neutral *neutral; /* NULL: any content may be shared */
     struct ksm_chunk *chunks;
-    uint32_t chunk_count, free_chunk;
+    uint32_t chunk_count, free_chunk, taken_chunks;
     struct ksm_member *members;
     uint32_t member_count, next_member_id;
 

@@ -12,11 +12,11 @@ void ledger_open(struct ledger *ledger, struct ledger_account *account)
     ledger->first = account;
 }
 
-void ledger_close(struct ledger *ledger, struct ledger_account *account)
+void ledger_close(struct ledger_account *account)
 {
     if (!account->place)
         return;
-    ledger_forget_places(ledger, account);
+    ledger_forget_places(account);
     *account->place = account->next;
     if (account->next)
         account->next->place = account->place;
@@ -61,19 +61,6 @@ bool ledger_can_guarantee(const struct ledger *ledger, const struct ledger_accou
     return sum <= ledger->budget_bytes;
 }
 
-static void mark(struct ledger *ledger, struct ledger_account *account, bool mismatch)
-{
-    if (mismatch == account->mismatch)
-        return;
-    account->mismatch = mismatch;
-    if (mismatch) {
-        ledger->mismatches_now++;
-        ledger->mismatches++;
-    } else {
-        ledger->mismatches_now--;
-    }
-}
-
 bool ledger_state_places(struct ledger *ledger, struct ledger_account *account,
                          const uint64_t *places)
 {
@@ -81,15 +68,17 @@ bool ledger_state_places(struct ledger *ledger, struct ledger_account *account,
 
     for (int place = 0; place < PLACE_COUNT; place++)
         sum = add(sum, places[place]);
+    if (sum != account->managed_pages) {
+        ledger->mismatches++;
+        return false;
+    }
     memcpy(account->places, places, sizeof(account->places));
-    mark(ledger, account, sum != account->managed_pages);
-    return !account->mismatch;
+    return true;
 }
 
-void ledger_forget_places(struct ledger *ledger, struct ledger_account *account)
+void ledger_forget_places(struct ledger_account *account)
 {
     memset(account->places, 0, sizeof(account->places));
-    mark(ledger, account, false);
 }
 
 enum host_state ledger_host_state(const struct ledger *ledger, uint64_t used_bytes)
