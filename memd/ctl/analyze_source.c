@@ -287,8 +287,7 @@ int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t co
     size_t i = find_extent(file, page);
     const struct analyze_extent *extent = &file->extents[i];
     bool whole = file->map && i < file->extent_count && extent->page <= page &&
-                 page + count <= extent->page + extent->pages &&
-                 extent->offset % sizeof(uint64_t) == 0; /* pages are looked at in words */
+                 page + count <= extent->page + extent->pages;
     int error = whole ? 0 : ctl_analyze_read(file, page, count, buffer);
 
     if (error == 0)
@@ -297,12 +296,16 @@ int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t co
     return error;
 }
 
+/* A fault maps more than a page: 64 KiB around it or, from Linux 6.18 on, whole large folios. So
+ * nothing may be touched that was dropped, or what is behind comes back: a last page that also
+ * holds the beginning of the next view is left to that view. */
 void ctl_analyze_drop(const struct analyze_file *file, const uint8_t *bytes, uint64_t count)
 {
     uintptr_t start = (uintptr_t)bytes / PAGE_BYTES * PAGE_BYTES;
+    uintptr_t end = ((uintptr_t)bytes + count * PAGE_BYTES) / PAGE_BYTES * PAGE_BYTES;
 
     if (file->map && bytes >= file->map && bytes < file->map + file->status.st_size)
-        madvise((void *)start, (uintptr_t)bytes - start + count * PAGE_BYTES, MADV_DONTNEED);
+        madvise((void *)start, end - start, MADV_DONTNEED);
 }
 
 uint64_t ctl_analyze_data_pages(const struct analyze_file *file)
