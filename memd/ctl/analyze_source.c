@@ -65,9 +65,11 @@ static void map(struct analyze_file *file)
 
 static int add_extent(struct analyze_file *file, uint64_t start, uint64_t end)
 {
-    struct analyze_extent *last = file->extents + file->extent_count - 1, *grown;
+    struct analyze_extent *last =
+        file->extent_count ? &file->extents[file->extent_count - 1] : NULL;
+    struct analyze_extent *grown;
 
-    if (file->extent_count && start - (last->page + last->pages) * PAGE_BYTES < HOLE_MIN_BYTES) {
+    if (last && start - (last->page + last->pages) * PAGE_BYTES < HOLE_MIN_BYTES) {
         last->pages = end / PAGE_BYTES - last->page;
         return 0;
     }
