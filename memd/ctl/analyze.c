@@ -4,8 +4,8 @@
  * and live guests are copied without touching what they don't have.
  *
  * This file opens the sources and says who may share with whom; analyze_source.c and analyze_elf.c
- * know dumps, analyze_guest.c live guests; analyze_count.c counts; analyze_report.c and
- * analyze_svg.c say what came out.
+ * know dumps, analyze_guest.c live guests; analyze_count.c counts, analyze_compress.c measures what
+ * LZ4 would save; analyze_report.c and analyze_svg.c say what came out.
  */
 #include <errno.h>
 #include <fnmatch.h>
@@ -36,7 +36,7 @@ const struct ctl_option ctl_analyze_options[] = {
     [ANALYZE_CSV] = {.name = "csv", .value = "FILE", .help = "write the counts to a CSV file, too"},
     [ANALYZE_SVG] = {.name = "svg", .value = "FILE", .help = "draw the counts of pages as a chart"},
     [ANALYZE_NO_COMPRESSION] = {.name = "no-compression",
-                                .help = "do not measure what LZ4 would save: several times faster"},
+                                .help = "do not measure what LZ4 would save: takes less CPU"},
     {0},
 };
 
@@ -386,7 +386,7 @@ static const char *explain(int error)
     case -EIO: return "a source has shrunk, or its disk fails; dump it again";
     case -E2BIG: return "the sources are larger than 16 TiB together; count fewer at once";
     case -ENOMEM:
-        return "not enough memory (about 30 bytes a page are needed); count fewer sources at once";
+        return "not enough memory (about 25 bytes a page are needed); count fewer sources at once";
     default: return strerror(-error);
     }
 }

@@ -1,22 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * One walk over all sources, in chunks. A batch of pages is hashed first, which also fetches their
- * places in the table; then each of them is looked up.
+ * places in the table; then each of them is looked up. Pages with a new content are compressed
+ * beside the walk (analyze_compress.c), and at the end of each source their sizes are waited for.
  *
  * Exactly by content, without holding the pages: a table has one entry for each content, which
  * names the first unit that had it. A page whose hash is found is compared byte by byte with that
  * first page, which is read again from its source (from the chunk at hand if it lies in there; as a
  * run where duplicates follow each other like their originals; the last such run is kept). So each
  * page gets the number of the first page that is equal to it: its *content*. Two larger units are
- * equal exactly if the contents of their pages are, so that for them numbers are compared.
+ * equal exactly if the contents of their pages are, so that for them numbers are compared, once all
+ * pages of a source have theirs.
  *
  * Invariants: a table never moves or grows (its size follows from the number of pages in the files,
  * known before); an entry's `source` is the last source that had this content, which is enough to
  * count the distinct contents of each source and of each domain, because sources are walked one
  * after the other, and the sources of a domain without others between.
  *
- * Memory: 16 bytes an entry at three quarters full, 21.3 bytes a page, a fifteenth of that for the
- * larger units, and 4 bytes for each page's content; about 27 bytes a page. Holes cost nothing.
+ * Memory: 12 bytes an entry at three quarters full, 16 bytes a page, a fifteenth of that for the
+ * larger units, and for each page 4 bytes of its content and 2 of its compressed size; about 23
+ * bytes a page. Holes cost nothing.
  *
  * Not promised: files that are written meanwhile are counted as whatever was read; the caller looks
  * whether they were.
@@ -24,7 +27,6 @@
 #include "analyze_count.h"
 
 #include <errno.h>
-#include <lz4.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -33,11 +35,9 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#include "hash.h"
+#include "analyze_compress.h"
 
-/* A chunk is what is dropped at once when it is behind: 512 KiB, against which a system call costs
- * nothing. */
-#define CHUNK_PAGES 128U
+#define CHUNK_PAGES ANALYZE_CHUNK_PAGES
 
 /* A batch is hashed, and then looked up: long enough for the table's lines to arrive, short enough
  * that hashing does not drive them out again. */
@@ -57,14 +57,18 @@ struct entry {
     uint32_t tag;    /* of the hash; 0: the entry is empty */
     uint32_t unit;   /* the first one with this content, all sources laid end to end */
     uint32_t source; /* the last one that had this content */
-    uint32_t compressed_bytes;
 };
 
 struct level {
     uint32_t unit_pages;
     struct entry *table;
     uint64_t slots;
-    uint32_t compressed_bytes; /* of the unit that is being walked through, so far */
+};
+
+/* A page that was hashed and is to be looked up. */
+struct candidate {
+    uint64_t hash;
+    uint32_t page;
 };
 
 /* Pages that were read again to be compared with. */
@@ -83,15 +87,15 @@ struct counter {
     struct analyze_result *result;
     uint32_t *first_page; /* of each source: a multiple of HUGE_PAGES */
     uint32_t *contents;   /* of each page */
-    uint64_t content_count;
+    uint16_t *sizes;      /* of each content, compressed, at its number less 1; NULL: not wanted */
+    uint64_t page_count;
     uint64_t seed; /* random: nobody can prepare dumps whose pages collide */
-    void *lz4_state;
+    struct analyze_compressor *compressor;
+    struct analyze_chunk *chunk; /* at hand; else NULL */
+    uint8_t *earlier_buffer;     /* for what can't be looked at in place */
     struct run run;
-    /* The chunk at hand. */
-    const uint8_t *chunk;
-    uint8_t *buffer, *earlier_buffer; /* for what can't be looked at in place */
-    uint32_t chunk_first, chunk_pages;
-    uint64_t hashes[BATCH_PAGES];
+    struct candidate batch[BATCH_PAGES];
+    uint32_t batch_count;
 };
 
 /* ---- tables ---- */
@@ -153,11 +157,12 @@ static int read_run(struct counter *counter, uint32_t page)
 /* Where the bytes of a page are that was walked over before; they stay until the next call. */
 static int old_page(struct counter *counter, uint32_t page, const uint8_t **ret_bytes)
 {
+    const struct analyze_chunk *chunk = counter->chunk;
     struct run *run = &counter->run;
     int error = 0;
 
-    if (page - counter->chunk_first < counter->chunk_pages) {
-        *ret_bytes = counter->chunk + (page - counter->chunk_first) * PAGE_BYTES;
+    if (page - chunk->first < chunk->pages) {
+        *ret_bytes = chunk->bytes + (page - chunk->first) * PAGE_BYTES;
         return 0;
     }
     if (page - run->first >= run->pages)
@@ -174,6 +179,7 @@ static int old_page(struct counter *counter, uint32_t page, const uint8_t **ret_
 static int compare_units(struct counter *counter, const struct level *level, uint32_t older,
                          uint32_t current, bool *ret_same)
 {
+    const struct analyze_chunk *chunk = counter->chunk;
     const uint8_t *bytes;
     int error;
 
@@ -185,8 +191,8 @@ static int compare_units(struct counter *counter, const struct level *level, uin
     }
     error = old_page(counter, older, &bytes);
     if (error == 0)
-        *ret_same = memcmp(bytes, counter->chunk + (current - counter->chunk_first) * PAGE_BYTES,
-                           PAGE_BYTES) == 0;
+        *ret_same =
+            memcmp(bytes, chunk->bytes + (current - chunk->first) * PAGE_BYTES, PAGE_BYTES) == 0;
     return error;
 }
 
@@ -214,32 +220,44 @@ static int find_entry(struct counter *counter, const struct level *level, uint64
 
 /* ---- counting ---- */
 
-static uint32_t compress_page(const struct counter *counter, uint32_t page)
+/* What the pages of a unit take when they are compressed; all of them are settled. */
+static uint64_t compressed_bytes(const struct counter *counter, const struct level *level,
+                                 uint32_t unit)
 {
-    const uint8_t *bytes = counter->chunk + (page - counter->chunk_first) * PAGE_BYTES;
-    char compressed[PAGE_BYTES];
-    int size;
+    const uint32_t *contents = &counter->contents[(uint64_t)unit * level->unit_pages];
+    uint64_t bytes = 0;
 
-    if (counter->options->no_compression)
-        return 0;
-    size = LZ4_compress_fast_extState(counter->lz4_state, (const char *)bytes, compressed,
-                                      PAGE_BYTES, PAGE_BYTES - 1, 1);
-    return size > 0 ? (uint32_t)size : PAGE_BYTES;
+    for (uint32_t i = 0; counter->sizes && i < level->unit_pages; i++)
+        bytes += contents[i] == CONTENT_ZERO ? 0 : counter->sizes[contents[i] - 1];
+    return bytes;
 }
 
-static void count_content(struct analyze_counts *counts, uint32_t compressed_bytes)
+static void count_content(struct analyze_counts *counts, uint64_t bytes)
 {
     counts->unique++;
-    counts->compressed_bytes += compressed_bytes;
+    counts->compressed_bytes += bytes;
 }
 
 /* A domain meets a content for the first time. */
-static void count_in_domain(struct counter *counter, int which, size_t source,
-                            uint32_t compressed_bytes)
+static void count_in_domain(struct counter *counter, int which, size_t source, uint64_t bytes)
 {
     if (counter->options->domains)
-        count_content(&counter->result->domains[counter->sources[source].domain][which],
-                      compressed_bytes);
+        count_content(&counter->result->domains[counter->sources[source].domain][which], bytes);
+}
+
+/* A content that no source had. Pages are only marked to be compressed: settle_pages(). */
+static void count_new(struct counter *counter, int which, size_t source, uint32_t unit)
+{
+    struct analyze_chunk *chunk = counter->chunk;
+    uint64_t bytes = 0;
+
+    if (which != ANALYZE_PAGES)
+        bytes = compressed_bytes(counter, &counter->levels[which], unit);
+    else if (counter->sizes)
+        chunk->wanted[chunk->wanted_count++] = (uint8_t)(unit - chunk->first);
+    count_content(&counter->result->all[which], bytes);
+    count_content(&counter->result->sources[source][which], bytes);
+    count_in_domain(counter, which, source, bytes);
 }
 
 /* Another source meets a content that is known. */
@@ -248,43 +266,35 @@ static void count_again(struct counter *counter, int which, size_t source, struc
     struct level *level = &counter->levels[which];
     struct analyze_result *result = counter->result;
     size_t first = find_source(counter, (uint64_t)entry->unit * level->unit_pages);
+    uint64_t bytes = compressed_bytes(counter, level, entry->unit);
 
     if (entry->source == first) { /* until now it was the only one */
         result->all[which].common++;
         result->sources[first][which].common++;
     }
     result->sources[source][which].common++;
-    count_content(&result->sources[source][which], entry->compressed_bytes);
+    count_content(&result->sources[source][which], bytes);
     if (counter->sources[entry->source].domain != counter->sources[source].domain)
-        count_in_domain(counter, which, source, entry->compressed_bytes);
+        count_in_domain(counter, which, source, bytes);
     entry->source = (uint32_t)source;
 }
 
-/* Counts a unit that is not zero; *ret_entry is the one of its content. */
+/* Counts a unit that is not zero; *ret_first is the first one that is equal to it. */
 static int count_unit(struct counter *counter, int which, size_t source, uint32_t unit,
-                      uint64_t hash, struct entry **ret_entry)
+                      uint64_t hash, uint32_t *ret_first)
 {
-    struct level *level = &counter->levels[which];
     struct entry *entry;
-    int error = find_entry(counter, level, hash, unit, &entry);
+    int error = find_entry(counter, &counter->levels[which], hash, unit, &entry);
 
     if (error < 0)
         return error;
     if (entry->tag == 0) {
-        *entry = (struct entry){
-            .tag = tag_of(hash),
-            .unit = unit,
-            .source = (uint32_t)source,
-            .compressed_bytes =
-                which == ANALYZE_PAGES ? compress_page(counter, unit) : level->compressed_bytes,
-        };
-        count_content(&counter->result->all[which], entry->compressed_bytes);
-        count_content(&counter->result->sources[source][which], entry->compressed_bytes);
-        count_in_domain(counter, which, source, entry->compressed_bytes);
+        *entry = (struct entry){.tag = tag_of(hash), .unit = unit, .source = (uint32_t)source};
+        count_new(counter, which, source, unit);
     } else if (entry->source != source) {
         count_again(counter, which, source, entry);
     }
-    *ret_entry = entry;
+    *ret_first = entry->unit;
     return 0;
 }
 
@@ -297,153 +307,204 @@ static bool count_kind(struct analyze_counts *counts, uint64_t units, bool zero,
     return !zero && !changed;
 }
 
-/* The last page of a larger unit has been counted. */
-static int end_unit(struct counter *counter, int which, size_t source, uint32_t unit)
+/* ---- larger units ---- */
+
+static int count_larger_unit(struct counter *counter, int which, size_t source, uint32_t unit)
 {
-    struct level *level = &counter->levels[which];
+    const struct level *level = &counter->levels[which];
     const uint32_t *contents = &counter->contents[(uint64_t)unit * level->unit_pages];
-    struct entry *entry;
-    uint32_t any = 0;
+    uint32_t any = 0, first;
     bool changed = false;
-    int error = 0;
 
     for (uint32_t i = 0; i < level->unit_pages; i++) {
         any |= contents[i];
         changed |= contents[i] == CONTENT_CHANGED;
     }
-    if (count_kind(&counter->result->sources[source][which], 1, any == 0, changed))
-        error = count_unit(
-            counter, which, source, unit,
-            XXH3_64bits_withSeed(contents, level->unit_pages * sizeof(contents[0]), counter->seed),
-            &entry);
-    level->compressed_bytes = 0;
+    if (!count_kind(&counter->result->sources[source][which], 1, any == CONTENT_ZERO, changed))
+        return 0;
+    return count_unit(
+        counter, which, source, unit,
+        XXH3_64bits_withSeed(contents, level->unit_pages * sizeof(contents[0]), counter->seed),
+        &first);
+}
+
+/* The units that begin in the 2 MiB from `page` of the source on. */
+static int count_larger_units(struct counter *counter, size_t source, uint64_t page)
+{
+    uint64_t left = counter->sources[source].now.pages - page;
+    uint32_t start = counter->first_page[source] + (uint32_t)page;
+    uint32_t pages = left < HUGE_PAGES ? (uint32_t)left : (uint32_t)HUGE_PAGES;
+    int error = 0;
+
+    for (int which = ANALYZE_PAGES + 1; which < ANALYZE_LEVELS; which++) {
+        uint32_t unit_pages = counter->levels[which].unit_pages;
+
+        for (uint32_t i = 0; error == 0 && i < pages; i += unit_pages)
+            error = count_larger_unit(counter, which, source, (start + i) / unit_pages);
+    }
     return error;
 }
 
-static int end_units(struct counter *counter, size_t source, uint32_t page, bool last)
+/* ---- pages ---- */
+
+static bool is_zero(const uint8_t *page)
 {
-    int error = 0;
+    static const uint8_t zeros[PAGE_BYTES];
+    uint64_t word;
 
-    for (int which = ANALYZE_PAGES + 1; error == 0 && which < ANALYZE_LEVELS; which++) {
-        uint32_t unit_pages = counter->levels[which].unit_pages;
+    memcpy(&word, page, sizeof(word));
+    return word == 0 && memcmp(page, zeros, PAGE_BYTES) == 0;
+}
 
-        if ((page + 1) % unit_pages == 0 || last)
-            error = end_unit(counter, which, source, page / unit_pages);
+/* Lists a page of the chunk that has to be looked up, and fetches its place in the table. */
+static void add_to_batch(struct counter *counter, uint32_t i)
+{
+    const struct analyze_chunk *chunk = counter->chunk;
+    const struct level *level = &counter->levels[ANALYZE_PAGES];
+    uint64_t hash = XXH3_64bits_withSeed(chunk->bytes + i * PAGE_BYTES, PAGE_BYTES, counter->seed);
+
+    __builtin_prefetch(&level->table[slot_of(level, hash)], 1);
+    counter->batch[counter->batch_count++] =
+        (struct candidate){.hash = hash, .page = chunk->first + i};
+}
+
+/* Finds the kinds of `count` pages from page `from` of the chunk on, and the batch of those that
+ * have to be looked up. */
+static void hash_batch(struct counter *counter, size_t source, const uint8_t *earlier,
+                       uint32_t from, uint32_t count)
+{
+    struct analyze_counts *counts = &counter->result->sources[source][ANALYZE_PAGES];
+    const struct analyze_chunk *chunk = counter->chunk;
+
+    counter->batch_count = 0;
+    for (uint32_t i = from; i < from + count; i++) {
+        const uint8_t *page = chunk->bytes + i * PAGE_BYTES;
+        bool changed = earlier && memcmp(page, earlier + i * PAGE_BYTES, PAGE_BYTES) != 0;
+
+        if (changed)
+            counter->contents[chunk->first + i] = CONTENT_CHANGED;
+        if (count_kind(counts, 1, !changed && is_zero(page), changed))
+            add_to_batch(counter, i);
     }
-    return error;
+}
+
+static int look_up_batch(struct counter *counter, size_t source)
+{
+    for (uint32_t i = 0; i < counter->batch_count; i++) {
+        const struct candidate *candidate = &counter->batch[i];
+        uint32_t first;
+        int error =
+            count_unit(counter, ANALYZE_PAGES, source, candidate->page, candidate->hash, &first);
+
+        if (error < 0)
+            return error;
+        counter->contents[candidate->page] = first + 1;
+    }
+    return 0;
 }
 
 /* ---- the walk ---- */
 
-/* Finds the kinds of `count` pages from page `from` of the chunk on, and the hashes of those that
- * need one. */
-static void hash_batch(struct counter *counter, const uint8_t *earlier, uint32_t from,
-                       uint32_t count)
-{
-    const struct level *level = &counter->levels[ANALYZE_PAGES];
-    uint32_t *contents = &counter->contents[counter->chunk_first];
-
-    for (uint32_t i = from; i < from + count; i++) {
-        const uint8_t *page = counter->chunk + i * PAGE_BYTES;
-
-        contents[i] = CONTENT_ZERO;
-        if (earlier && memcmp(page, earlier + i * PAGE_BYTES, PAGE_BYTES) != 0) {
-            contents[i] = CONTENT_CHANGED;
-        } else if (*(const uint64_t *)(const void *)page || !hash_page_is_zero(page)) {
-            uint64_t hash = XXH3_64bits_withSeed(page, PAGE_BYTES, counter->seed);
-
-            contents[i] = counter->chunk_first + i + 1;
-            counter->hashes[i - from] = hash;
-            __builtin_prefetch(&level->table[slot_of(level, hash)], 1);
-        }
-    }
-}
-
-static int count_page(struct counter *counter, size_t source, uint32_t page, uint64_t hash)
-{
-    uint32_t *content = &counter->contents[page];
-    struct entry *entry;
-    int error;
-
-    if (!count_kind(&counter->result->sources[source][ANALYZE_PAGES], 1, *content == CONTENT_ZERO,
-                    *content == CONTENT_CHANGED))
-        return 0;
-    error = count_unit(counter, ANALYZE_PAGES, source, page, hash, &entry);
-    if (error < 0)
-        return error;
-    *content = entry->unit + 1;
-    for (int which = ANALYZE_PAGES + 1; which < ANALYZE_LEVELS; which++)
-        counter->levels[which].compressed_bytes += entry->compressed_bytes;
-    return 0;
-}
-
 /* *ret_earlier is NULL where there is no earlier dump. */
 static int view_chunk(struct counter *counter, const struct analyze_source *source, uint64_t page,
-                      uint32_t pages, const uint8_t **ret_earlier)
+                      const uint8_t **ret_earlier)
 {
-    int error = ctl_analyze_view(&source->now, page, pages, counter->buffer, &counter->chunk);
+    struct analyze_chunk *chunk = counter->chunk;
+    int error = ctl_analyze_view(&source->now, page, chunk->pages, chunk->buffer, &chunk->bytes);
 
     *ret_earlier = NULL;
     if (error == 0 && source->earlier.fd >= 0)
-        error =
-            ctl_analyze_view(&source->earlier, page, pages, counter->earlier_buffer, ret_earlier);
+        error = ctl_analyze_view(&source->earlier, page, chunk->pages, counter->earlier_buffer,
+                                 ret_earlier);
     return error;
 }
 
 static int count_chunk(struct counter *counter, size_t index, uint64_t page, uint32_t pages)
 {
     const struct analyze_source *source = &counter->sources[index];
+    struct analyze_chunk *chunk = ctl_analyze_chunk_take(counter->compressor, &source->now);
     const uint8_t *earlier;
-    int error = view_chunk(counter, source, page, pages, &earlier);
+    int error;
 
-    if (error < 0)
-        return error;
-    counter->chunk_first = counter->first_page[index] + (uint32_t)page;
-    counter->chunk_pages = pages;
-    for (uint32_t i = 0; error == 0 && i < pages; i++) {
-        if (i % BATCH_PAGES == 0)
-            hash_batch(counter, earlier, i, pages - i < BATCH_PAGES ? pages - i : BATCH_PAGES);
-        error =
-            count_page(counter, index, counter->chunk_first + i, counter->hashes[i % BATCH_PAGES]);
-        if (error == 0)
-            error = end_units(counter, index, counter->chunk_first + i,
-                              page + i + 1 == source->now.pages);
+    chunk->first = counter->first_page[index] + (uint32_t)page;
+    chunk->pages = pages;
+    counter->chunk = chunk;
+    error = view_chunk(counter, source, page, &earlier);
+    for (uint32_t i = 0; error == 0 && i < pages; i += BATCH_PAGES) {
+        hash_batch(counter, index, earlier, i, pages - i < BATCH_PAGES ? pages - i : BATCH_PAGES);
+        error = look_up_batch(counter, index);
     }
-    ctl_analyze_drop(&source->now, counter->chunk, pages);
     if (earlier)
         ctl_analyze_drop(&source->earlier, earlier, pages);
+    counter->chunk = NULL;
+    ctl_analyze_chunk_give(counter->compressor, chunk);
     return error;
 }
 
-/* Counts whole 2 MiB of a hole at once, which is all that a sparse file of terabytes has. Returns
- * how many pages. */
-static uint64_t count_hole(struct counter *counter, size_t index, uint64_t page)
+/* Whole 2 MiB that are a hole from `page` on, and were in the earlier dump, which is all that a
+ * sparse file of terabytes has: they need no look. In pages. */
+static uint64_t hole_pages(const struct analyze_source *source, uint64_t page)
 {
-    const struct analyze_source *source = &counter->sources[index];
-    uint64_t pages;
+    uint64_t pages, earlier;
 
-    if (page % HUGE_PAGES || source->earlier.fd >= 0)
+    if (page % HUGE_PAGES)
         return 0;
-    pages = ctl_analyze_hole(&source->now, page) / HUGE_PAGES * HUGE_PAGES;
+    pages = ctl_analyze_hole(&source->now, page);
+    earlier = source->earlier.fd >= 0 ? ctl_analyze_hole(&source->earlier, page) : pages;
+    return (pages < earlier ? pages : earlier) / HUGE_PAGES * HUGE_PAGES;
+}
+
+static void count_hole(struct counter *counter, size_t index, uint64_t pages)
+{
     for (int which = 0; which < ANALYZE_LEVELS; which++)
         count_kind(&counter->result->sources[index][which],
                    pages / counter->levels[which].unit_pages, true, false);
-    return pages;
+}
+
+static int count_pages(struct counter *counter, size_t index)
+{
+    const struct analyze_source *source = &counter->sources[index];
+    uint64_t pages = source->now.pages, some;
+    int error = 0;
+
+    for (uint64_t page = 0; error == 0 && page < pages; page += some) {
+        some = hole_pages(source, page);
+        if (some) {
+            count_hole(counter, index, some);
+            continue;
+        }
+        some = pages - page < CHUNK_PAGES ? pages - page : CHUNK_PAGES;
+        error = count_chunk(counter, index, page, (uint32_t)some);
+    }
+    return error;
+}
+
+/* Waits for the sizes of all contents that no source before this one had. */
+static void settle_pages(struct counter *counter, size_t index)
+{
+    struct analyze_result *result = counter->result;
+    uint64_t bytes = ctl_analyze_compressor_settle(counter->compressor);
+
+    result->all[ANALYZE_PAGES].compressed_bytes += bytes;
+    result->sources[index][ANALYZE_PAGES].compressed_bytes += bytes;
+    if (counter->options->domains)
+        result->domains[counter->sources[index].domain][ANALYZE_PAGES].compressed_bytes += bytes;
 }
 
 static int count_source(struct counter *counter, size_t index)
 {
-    uint64_t pages = counter->sources[index].now.pages, some;
-    int error = 0;
+    const struct analyze_source *source = &counter->sources[index];
+    int error = count_pages(counter, index);
+    uint64_t some;
 
-    for (uint64_t page = 0; error == 0 && page < pages; page += some) {
-        some = count_hole(counter, index, page);
-        if (some == 0) {
-            some = pages - page < CHUNK_PAGES ? pages - page : CHUNK_PAGES;
-            error = count_chunk(counter, index, page, (uint32_t)some);
-        }
+    settle_pages(counter, index);
+    for (uint64_t page = 0; error == 0 && page < source->now.pages; page += some) {
+        some = hole_pages(source, page);
+        if (some)
+            continue;
+        some = HUGE_PAGES;
+        error = count_larger_units(counter, index, page);
     }
-    counter->chunk_pages = 0;
     return error;
 }
 
@@ -496,23 +557,33 @@ static void *map_zeros(uint64_t bytes)
     return address == MAP_FAILED ? NULL : address;
 }
 
+static uint64_t round_up(uint64_t bytes)
+{
+    return (bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+}
+
 static uint64_t table_bytes(const struct level *level)
 {
     uint64_t bytes = level->slots * sizeof(struct entry);
 
-    /* The kernel gives huge pages to mappings that are whole numbers of them. Each look-up is
-     * somewhere else: without huge pages, each costs a miss of the translation as well. */
-    return bytes < HUGE_BYTES ? bytes : (bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+    /* Linux 6.7 and later put a mapping where huge pages fit if it is a whole number of them. */
+    return bytes < HUGE_BYTES ? bytes : round_up(bytes);
 }
 
 static int open_level(struct level *level, uint64_t unit_bytes, uint64_t units)
 {
+    uint64_t bytes;
+
     level->unit_pages = (uint32_t)(unit_bytes / PAGE_BYTES);
     level->slots = units + units / 3 + 1;
     level->table = map_zeros(table_bytes(level));
     if (!level->table)
         return -ENOMEM;
-    madvise(level->table, table_bytes(level), MADV_HUGEPAGE);
+    /* Each look-up is somewhere else: without huge pages, each costs a miss of the translation as
+     * well. What is left over is not worth a huge page. */
+    bytes = level->slots * sizeof(struct entry) / HUGE_BYTES * HUGE_BYTES;
+    if (bytes)
+        madvise(level->table, bytes, MADV_HUGEPAGE);
     return 0;
 }
 
@@ -549,9 +620,12 @@ static int number_pages(struct counter *counter)
         if (pages > ANALYZE_PAGES_MAX)
             return -E2BIG;
     }
-    counter->content_count = pages;
+    counter->page_count = pages;
     counter->contents = map_zeros(pages * sizeof(*counter->contents));
-    return counter->contents ? 0 : -ENOMEM;
+    if (!counter->contents || counter->options->no_compression)
+        return counter->contents ? 0 : -ENOMEM;
+    counter->sizes = map_zeros(pages * sizeof(*counter->sizes));
+    return counter->sizes ? 0 : -ENOMEM;
 }
 
 static int open_counter(struct counter *counter)
@@ -562,21 +636,22 @@ static int open_counter(struct counter *counter)
 
     if (getrandom(&counter->seed, sizeof(counter->seed), 0) != sizeof(counter->seed))
         return -EAGAIN;
-    counter->lz4_state = malloc((size_t)LZ4_sizeofState());
-    counter->buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
     counter->earlier_buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
     counter->run = (struct run){.bytes = malloc(RUN_PAGES * PAGE_BYTES), .next = PAGE_NONE};
     result->sources = calloc(counter->source_count, sizeof(*result->sources));
     result->domains = domains ? calloc(domains, sizeof(*result->domains)) : NULL;
-    if (!counter->lz4_state || !counter->buffer || !counter->earlier_buffer ||
-        !counter->run.bytes || !result->sources || (domains && !result->domains))
+    if (!counter->earlier_buffer || !counter->run.bytes || !result->sources ||
+        (domains && !result->domains))
         return -ENOMEM;
     error = number_pages(counter);
-    return error == 0 ? open_levels(counter) : error;
+    if (error == 0)
+        error = open_levels(counter);
+    return error == 0 ? ctl_analyze_compressor_open(counter->sizes, &counter->compressor) : error;
 }
 
 static void close_counter(struct counter *counter)
 {
+    ctl_analyze_compressor_close(counter->compressor);
     for (int which = 0; which < ANALYZE_LEVELS; which++) {
         struct level *level = &counter->levels[which];
 
@@ -584,10 +659,10 @@ static void close_counter(struct counter *counter)
             munmap(level->table, table_bytes(level));
     }
     if (counter->contents)
-        munmap(counter->contents, counter->content_count * sizeof(*counter->contents));
+        munmap(counter->contents, counter->page_count * sizeof(*counter->contents));
+    if (counter->sizes)
+        munmap(counter->sizes, counter->page_count * sizeof(*counter->sizes));
     free(counter->first_page);
-    free(counter->lz4_state);
-    free(counter->buffer);
     free(counter->earlier_buffer);
     free(counter->run.bytes);
     free(counter);

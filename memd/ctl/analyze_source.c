@@ -65,9 +65,11 @@ static void map(struct analyze_file *file)
 
 static int add_extent(struct analyze_file *file, uint64_t start, uint64_t end)
 {
-    struct analyze_extent *last = file->extents + file->extent_count - 1, *grown;
+    struct analyze_extent *last =
+        file->extent_count ? &file->extents[file->extent_count - 1] : NULL;
+    struct analyze_extent *grown;
 
-    if (file->extent_count && start - (last->page + last->pages) * PAGE_BYTES < HOLE_MIN_BYTES) {
+    if (last && start - (last->page + last->pages) * PAGE_BYTES < HOLE_MIN_BYTES) {
         last->pages = end / PAGE_BYTES - last->page;
         return 0;
     }
@@ -287,8 +289,7 @@ int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t co
     size_t i = find_extent(file, page);
     const struct analyze_extent *extent = &file->extents[i];
     bool whole = file->map && i < file->extent_count && extent->page <= page &&
-                 page + count <= extent->page + extent->pages &&
-                 extent->offset % sizeof(uint64_t) == 0; /* pages are looked at in words */
+                 page + count <= extent->page + extent->pages;
     int error = whole ? 0 : ctl_analyze_read(file, page, count, buffer);
 
     if (error == 0)
@@ -297,12 +298,16 @@ int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t co
     return error;
 }
 
+/* A fault maps more than a page: 64 KiB around it or, from Linux 6.18 on, whole large folios. So
+ * nothing may be touched that was dropped, or what is behind comes back: a last page that also
+ * holds the beginning of the next view is left to that view. */
 void ctl_analyze_drop(const struct analyze_file *file, const uint8_t *bytes, uint64_t count)
 {
     uintptr_t start = (uintptr_t)bytes / PAGE_BYTES * PAGE_BYTES;
+    uintptr_t end = ((uintptr_t)bytes + count * PAGE_BYTES) / PAGE_BYTES * PAGE_BYTES;
 
     if (file->map && bytes >= file->map && bytes < file->map + file->status.st_size)
-        madvise((void *)start, (uintptr_t)bytes - start + count * PAGE_BYTES, MADV_DONTNEED);
+        madvise((void *)start, end - start, MADV_DONTNEED);
 }
 
 uint64_t ctl_analyze_data_pages(const struct analyze_file *file)

@@ -61,11 +61,13 @@ int ctl_analyze_open_blocks(int pid, const struct analyze_block *blocks, size_t 
 int ctl_analyze_read(const struct analyze_file *file, uint64_t page, uint64_t count,
                      uint8_t *buffer);
 
-/* The same, without a copy if that can be: *ret_bytes is in the mapping, or else `buffer`. */
+/* The same, without a copy if that can be: *ret_bytes is in the mapping, at any alignment, or else
+ * `buffer`. */
 int ctl_analyze_view(const struct analyze_file *file, uint64_t page, uint64_t count,
                      uint8_t *buffer, const uint8_t **ret_bytes);
 
-/* Gives back the memory of a view that will not be looked at again. */
+/* Gives back the memory of a view that will not be looked at again, nor the last page of the view
+ * before it. Any thread. */
 void ctl_analyze_drop(const struct analyze_file *file, const uint8_t *bytes, uint64_t count);
 
 /* How many pages from `page` on are zeros without a look at the file. */

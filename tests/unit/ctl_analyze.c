@@ -506,33 +506,165 @@ Test(ctl_analyze, without_compression_only_the_compressed_bytes_are_missing)
     free_dumps(&dump, 1);
 }
 
+/* Pages of our own mapping that are present. */
+static size_t present_here(const uint8_t *start, off_t bytes)
+{
+    size_t present = 0;
+    int fd = open("/proc/self/pagemap", O_RDONLY);
+    uint64_t entry;
+
+    cr_assert(fd >= 0);
+    for (uintptr_t at = (uintptr_t)start; at < (uintptr_t)start + (size_t)bytes; at += PAGE_BYTES) {
+        cr_assert(pread(fd, &entry, sizeof(entry), (off_t)(at / PAGE_BYTES * sizeof(entry))) ==
+                  sizeof(entry));
+        present += entry >> 63;
+    }
+    close(fd);
+    return present;
+}
+
+/* The dump with holes where its pages are zeros. */
+static struct analyze_file open_sparse(const struct dump *dump)
+{
+    char path[] = "/tmp/unit_ctl.XXXXXX", why[ANALYZE_WHY_CHARS];
+    struct analyze_file file;
+    int fd = mkstemp(path);
+
+    cr_assert(fd >= 0 && ftruncate(fd, (off_t)(dump->pages * PAGE_BYTES)) == 0);
+    for (uint64_t page = 0; page < dump->pages; page++) {
+        off_t at = (off_t)(page * PAGE_BYTES);
+
+        if (!is_zero(dump->bytes + at, PAGE_BYTES))
+            cr_assert(pwrite(fd, dump->bytes + at, PAGE_BYTES, at) == (ssize_t)PAGE_BYTES);
+    }
+    close(fd);
+    cr_assert(ctl_analyze_open_dump(path, &file, why) == 0, "%s", why);
+    unlink(path);
+    return file;
+}
+
+/* Counts what was opened, and compares it with the naive counts of these dumps. */
+static void check_opened(struct analyze_source *source, const struct dump *dump,
+                         const struct dump *earlier)
+{
+    struct analyze_options options = {0};
+    struct analyze_result result;
+
+    cr_assert(ctl_analyze_count(source, 1, &options, &result) == 0);
+    compare_results(&result, dump, earlier, 1);
+    ctl_analyze_result_free(&result);
+    close_sources(source, 1);
+}
+
 /* Holes of 2 MiB and more are not even looked at; the counts are those of zeros. */
 Test(ctl_analyze, a_sparse_dump_counts_like_one_full_of_zeros)
 {
     struct dump dump = make_dump(6 * 512 + 70);
-    char path[] = "/tmp/unit_ctl.XXXXXX", why[ANALYZE_WHY_CHARS];
     struct analyze_source source = {.name = "dump", .earlier.fd = -1};
-    struct analyze_options options = {0};
-    struct analyze_result result;
-    int fd = mkstemp(path);
 
     fill(&dump, 3, 1);
     fill(&dump, 3 * 512 + 511, 1);
     fill(&dump, 6 * 512 + 69, 2);
-    cr_assert(fd >= 0 && ftruncate(fd, (off_t)(dump.pages * PAGE_BYTES)) == 0);
-    for (uint64_t page = 0; page < dump.pages; page++) {
-        off_t at = (off_t)(page * PAGE_BYTES);
+    source.now = open_sparse(&dump);
+    check_opened(&source, &dump, NULL);
+    free_dumps(&dump, 1);
+}
 
-        if (!is_zero(dump.bytes + at, PAGE_BYTES))
-            cr_assert(pwrite(fd, dump.bytes + at, PAGE_BYTES, at) == (ssize_t)PAGE_BYTES);
+/* 2 MiB each: a hole in both dumps, in one, in the other, in none; and again. */
+Test(ctl_analyze, a_hole_in_one_of_two_dumps_is_no_hole_in_the_other)
+{
+    struct dump now = make_dump(8 * 512 + 20), earlier = make_dump(8 * 512 + 20);
+    struct analyze_source source = {.name = "dump"};
+
+    for (uint64_t page = 0; page < now.pages; page++) {
+        uint64_t piece = page / 512 % 4;
+
+        fill(&now, page, piece % 2 ? 1 + (uint32_t)page % 9 : 0);
+        fill(&earlier, page, piece > 1 ? 1 + (uint32_t)page % 9 : 0);
     }
-    close(fd);
-    cr_assert(ctl_analyze_open_dump(path, &source.now, why) == 0, "%s", why);
+    fill(&earlier, 3 * 512 + 7, 0);
+    source.now = open_sparse(&now);
+    source.earlier = open_sparse(&earlier);
+    cr_assert(source.now.extent_count > 1 && source.earlier.extent_count > 1, "no holes");
+    check_opened(&source, &now, &earlier);
+    free_dumps(&now, 1);
+    free_dumps(&earlier, 1);
+}
+
+/* A file with some bytes before the dump, as the headers of a core are. */
+static struct analyze_file open_behind(const struct dump *dump, size_t head)
+{
+    char path[] = "/tmp/unit_ctl.XXXXXX";
+    struct analyze_file file = {.fd = mkstemp(path), .pages = dump->pages, .extent_count = 1};
+    size_t bytes = dump->pages * PAGE_BYTES;
+
     unlink(path);
-    cr_assert(ctl_analyze_count(&source, 1, &options, &result) == 0);
-    compare_results(&result, &dump, NULL, 1);
-    ctl_analyze_result_free(&result);
-    ctl_analyze_close(&source.now);
+    file.extents = calloc(1, sizeof(*file.extents));
+    cr_assert(file.fd >= 0 && file.extents);
+    file.extents[0] = (struct analyze_extent){.pages = dump->pages, .offset = head};
+    cr_assert(pwrite(file.fd, dump->bytes, bytes, (off_t)head) == (ssize_t)bytes);
+    cr_assert(fstat(file.fd, &file.status) == 0);
+    file.map = mmap(NULL, head + bytes, PROT_READ, MAP_SHARED, file.fd, 0);
+    cr_assert(file.map != MAP_FAILED);
+    return file;
+}
+
+/* QEMU's headers and notes have any length. */
+Test(ctl_analyze, pages_at_odd_places_of_a_file_are_counted_where_they_lie)
+{
+    static uint8_t buffer[5 * PAGE_BYTES];
+    struct dump dump = make_dump(2000);
+    struct analyze_source source = {.name = "dump", .earlier.fd = -1};
+    const uint8_t *view;
+    unsigned seed = 3;
+
+    scramble(&dump, &seed);
+    source.now = open_behind(&dump, 1237);
+    cr_assert(ctl_analyze_view(&source.now, 700, 5, buffer, &view) == 0);
+    cr_expect(view == source.now.map + 1237 + 700 * PAGE_BYTES);
+    check_opened(&source, &dump, NULL);
+    free_dumps(&dump, 1);
+}
+
+/* What is behind must not stay mapped, wherever it lies; of all pages the last may. */
+Test(ctl_analyze, what_was_looked_at_is_given_back)
+{
+    struct dump dump = make_dump(2000);
+    size_t heads[] = {0, 1237, 5 * PAGE_BYTES + 8};
+
+    for (uint64_t page = 0; page < dump.pages; page++)
+        fill(&dump, page, 1 + (uint32_t)page);
+    for (size_t i = 0; i < 3; i++) {
+        struct analyze_source source = {.name = "dump", .earlier.fd = -1};
+        struct analyze_options options = {0};
+        struct analyze_result result;
+
+        source.now = open_behind(&dump, heads[i]);
+        cr_assert(ctl_analyze_count(&source, 1, &options, &result) == 0);
+        cr_expect(present_here(source.now.map, source.now.status.st_size) <= 1, "behind %zu bytes",
+                  heads[i]);
+        ctl_analyze_result_free(&result);
+        close_sources(&source, 1);
+    }
+    free_dumps(&dump, 1);
+}
+
+/* After half of it was compressed. */
+Test(ctl_analyze, a_source_that_ends_early_is_an_error, .timeout = 60)
+{
+    struct dump dump = make_dump(2000);
+    struct analyze_source source = {.name = "dump", .earlier.fd = -1};
+    struct analyze_options options = {0};
+    struct analyze_result result;
+
+    for (uint64_t page = 0; page < dump.pages; page++)
+        fill(&dump, page, 1 + (uint32_t)page);
+    source.now = open_behind(&dump, 0);
+    munmap((void *)source.now.map, dump.pages * PAGE_BYTES);
+    source.now.map = NULL;
+    cr_assert(ftruncate(source.now.fd, 1100 * PAGE_BYTES) == 0);
+    cr_expect(ctl_analyze_count(&source, 1, &options, &result) == -EIO);
+    close_sources(&source, 1);
     free_dumps(&dump, 1);
 }
 

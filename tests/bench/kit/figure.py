@@ -5,19 +5,21 @@ A module of figures measures some names at once, because they come from the same
 measure(machine, options, names, run) gives {name: {...}} with every number of that run, of which
 rows() makes rows for the table from the medians of all runs. `run` counts from 0: even runs take
 memd first, odd ones ksmd."""
+import itertools
 import statistics
 import sys
 import time
 
 
 class Row:
-    """One line of the table; all but `what` are texts, made of medians."""
+    """One line of the table; all but `what` are texts, made of medians. `cpu` is for figures of wall
+    time that more than one thread makes."""
 
-    def __init__(self, what, memd="", ksmd="", figure="", least="", aim=""):
-        self.cells = [what, memd, ksmd, figure, least, aim]
+    def __init__(self, what, memd="", ksmd="", figure="", least="", aim="", cpu=""):
+        self.cells = [what, memd, ksmd, figure, least, aim, cpu]
 
 
-HEAD = Row("", "memd", "ksmd", "figure", "at least", "aim")
+HEAD = Row("", "memd", "ksmd", "figure", "at least", "aim", "CPU time")
 
 
 def median(runs, *path):
@@ -53,5 +55,7 @@ def say(words):
 
 
 def markdown(rows):
+    """A column that no row fills is left out."""
+    used = [i == 0 or any(row.cells[i] for row in rows) for i in range(len(HEAD.cells))]
     lines = [HEAD.cells, ["---"] * len(HEAD.cells)] + [row.cells for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(itertools.compress(cells, used)) + " |" for cells in lines)
