@@ -434,7 +434,7 @@ void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint3
         }
         queue->pages[queue->count++] = block->first_page + index + i;
     }
-    ram->unmerges += pages;
+    __atomic_add_fetch(&ram->unmerges, pages, __ATOMIC_RELAXED);
     lock_release(&queue->lock);
 }
 

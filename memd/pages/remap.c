@@ -187,10 +187,10 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
     if (run < 0)
         return run;
     r = fill_shadow(ram, shadow, bytes, (uint32_t)run);
-    if (r < 0)
-        return r;
-    r = move_over(shadow, (size_t)run * PAGE_BYTES, ram_address(block, index));
+    if (r == 0)
+        r = move_over(shadow, (size_t)run * PAGE_BYTES, ram_address(block, index));
     if (r < 0) {
+        /* A discard takes what is here for empty. */
         sys_madvise(shadow, (size_t)run * PAGE_BYTES, MADV_DONTNEED);
         return r;
     }

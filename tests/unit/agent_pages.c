@@ -496,6 +496,82 @@ Test(agent_pages, a_limit_on_data_that_was_lowered_leaves_no_gap)
     works_below_a_lowered_limit(RLIMIT_DATA);
 }
 
+/* As where the kernel had no memory to register a part of it. */
+Test(agent_pages, zeros_in_place_where_some_pages_are_not_registered, .timeout = 20)
+{
+    uint8_t outcomes[8];
+
+    fill_guest(0, 8, 1000);
+    merge(0, 0, 8, outcomes);
+    lock_take(&block->lock);
+    cr_assert_eq(uffd_unregister(ram.store_fd, ram_address(block, 2), PAGE_BYTES), 0);
+    ram_move_places(&ram, block, 2, 1, TRANSITION_BREAK);
+    ram_set_captive(block, 2, true);
+    lock_release(&block->lock);
+    lower_limit(RLIMIT_AS);
+    lock_take(&block->lock);
+    cr_assert_eq(discard_pages(&ram, block, 1, 4, MADV_DONTNEED), 0);
+    lock_release(&block->lock);
+    setrlimit(RLIMIT_AS, &(struct rlimit){RLIM_INFINITY, RLIM_INFINITY});
+    for (uint32_t i = 0; i < 8; i++)
+        if (i >= 1 && i < 5)
+            cr_assert(hash_page_is_zero(ram_address(block, i)), "page %u", i);
+        else
+            cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+    cr_assert_eq(block->captives, 4);
+    cr_assert_eq(ram.unmerges, 3);
+    assert_sums();
+}
+
+/* Two pages, and then nothing that can be read: as when the kernel runs out of memory. */
+static int fetch_half(void *self, const struct ram_block *of, uint32_t index, uint32_t pages,
+                      const void **ret_bytes)
+{
+    (void)of;
+    (void)index;
+    *ret_bytes = self;
+    return (int)pages;
+}
+
+Test(agent_pages, a_copy_that_fails_half_way_is_not_what_a_discard_shows)
+{
+    uint8_t *half = reserve(8 * PAGE_BYTES);
+    uint8_t outcomes[8];
+
+    memset(half, 7, 2 * PAGE_BYTES);
+    mprotect(half + 2 * PAGE_BYTES, 6 * PAGE_BYTES, PROT_NONE);
+    fill_guest(0, 8, 1000);
+    merge(0, 0, 8, outcomes);
+    lock_take(&block->lock);
+    ram.sources[PLACE_SHARED] = (struct page_source){.fetch = fetch_half, .self = half};
+    cr_assert_lt(remap_to_private(&ram, block, 0, 8, true), 0);
+    cr_assert_eq(discard_pages(&ram, block, 0, 8, MADV_DONTNEED), 0);
+    ram.sources[PLACE_SHARED] = segments_source(&segments);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < 8; i++)
+        cr_assert(hash_page_is_zero(ram_address(block, i)), "page %u", i);
+    assert_sums();
+}
+
+/* The kernel drops a page that was given up with MADV_FREE whenever it likes. */
+Test(agent_pages, a_frozen_page_that_the_kernel_drops_reads_as_zeros, .timeout = 20)
+{
+    fill_guest(0, 4, 1000);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 0, 4), 4);
+    madvise(freeze_bytes(&ram, 1), PAGE_BYTES, MADV_DONTNEED);
+    madvise(freeze_bytes(&ram, 3), PAGE_BYTES, MADV_DONTNEED);
+    cr_assert(hash_page_is_zero(freeze_bytes(&ram, 3)));
+    freeze_return(&ram, block, 0, 0, 4);
+    freeze_thaw(&ram, block, 0, 4);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < 4; i++)
+        cr_assert(i % 2 ? hash_page_is_zero(ram_address(block, i))
+                        : holds(ram_address(block, i), 1000 + i),
+                  "page %u", i);
+    assert_sums();
+}
+
 /* A discard there would put memory of ours over what the VMM has mapped since. */
 Test(agent_pages, what_the_vmm_unmaps_is_not_remembered_as_the_store_s)
 {
