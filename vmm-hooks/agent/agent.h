@@ -89,8 +89,9 @@ struct memd_vm {
     uint64_t cpu_at_ns;
     uint64_t looked_at_ns; /* when it was last looked whether anything may be frozen */
     bool freeze_allowed;
-    bool unpinned_kvm; /* see descriptors.h */
-    uint32_t vmas;
+    bool unpinned_kvm;         /* see descriptors.h */
+    uint32_t vmas;             /* when they were counted last */
+    uint64_t unmerges_counted; /* ram.unmerges then */
     uint32_t vma_limit;
 };
 
@@ -160,5 +161,8 @@ uint64_t run_cpu_ns(const struct memd_vm *vm);
 bool run_may_freeze(void *vm, struct ram_block *block, uint32_t index, uint32_t pages);
 /* How long a run must be now to be worth two more VMAs; 0: no VMA may be spent at all. */
 uint32_t run_shortest_run(const struct memd_vm *vm);
+/* Counts the VMAs anew where what is known of them is far too much perhaps (by an eighth of the
+ * budget: a count takes a microsecond a VMA). True: it did. */
+bool run_count_again(struct memd_vm *vm);
 
 #endif
