@@ -15,6 +15,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "agent_bytes.h"
 #include "agent_memd.h"
 
 #define PAGES 256U
@@ -24,26 +25,10 @@ static struct memd_end memd;
 static struct memd_vm *vm;
 static uint8_t *ram;
 
-static void fill(uint8_t *page, uint32_t content)
-{
-    uint32_t *words = (uint32_t *)(void *)page;
-
-    for (uint32_t i = 0; i < PAGE_BYTES / sizeof(*words); i++)
-        words[i] = content * 2654435761U + i;
-}
-
-static bool holds(const uint8_t *page, uint32_t content)
-{
-    _Alignas(64) uint8_t want[PAGE_BYTES];
-
-    fill(want, content);
-    return memcmp(page, want, PAGE_BYTES) == 0;
-}
-
 static void holds_all(uint32_t from)
 {
     for (uint32_t i = from; i < PAGES; i++)
-        cr_assert(holds(ram + i * PAGE_BYTES, i + 1), "page %u has other bytes", i);
+        cr_assert(bytes_hold(ram + i * PAGE_BYTES, i + 1), "page %u has other bytes", i);
 }
 
 static uint8_t *map(size_t bytes)
@@ -75,7 +60,7 @@ static void set_up_with(const struct memd_ops *ops)
     ram = map(BYTES);
     cr_assert_eq(memd_ram_add(vm, ram, BYTES, MEMD_RAM_FRESH), 0);
     for (uint32_t i = 0; i < PAGES; i++)
-        fill(ram + i * PAGE_BYTES, i + 1);
+        bytes_fill(ram + i * PAGE_BYTES, i + 1);
 }
 
 static struct memd_status status(void)
@@ -84,20 +69,6 @@ static struct memd_status status(void)
 
     cr_assert_eq(memd_get_status(vm, &now), 0);
     return now;
-}
-
-static int make_segment(void)
-{
-    int fd = memfd_create("memd-test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    uint8_t page[PAGE_BYTES];
-
-    for (uint32_t i = 0; i < PAGES; i++) {
-        fill(page, i + 1);
-        cr_assert_eq(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES), (ssize_t)PAGE_BYTES);
-    }
-    cr_assert_eq(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL),
-                 0);
-    return fd;
 }
 
 #define UNTIL(condition)                                           \
@@ -111,7 +82,7 @@ static int make_segment(void)
 /* The pages from `from` on are in the store. */
 static void share(uint32_t from)
 {
-    int fd = make_segment();
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
 
     UNTIL(status().connected == 1 && memd.fd >= 0);
     memd_end_give(&memd, 1, PAGES, fd);
@@ -289,7 +260,7 @@ static int be_a_child(void)
         return 5;
     ram[2 * PAGE_BYTES] = 0x77; /* a shared page of the child's own */
     for (uint32_t i = 3; i < PAGES; i++) {
-        if (!holds(ram + i * PAGE_BYTES, i + 1))
+        if (!bytes_hold(ram + i * PAGE_BYTES, i + 1))
             return 6;
     }
     return 0;
@@ -345,7 +316,7 @@ Test(linked, a_hook_that_lies_ends_the_sharing_and_nothing_else, .timeout = 60)
     hook_answer = 42;
     for (int tries = 0; tries < 400 && !memd_end_heard(&memd, "'pinned'"); tries++) {
         memd_end_merge(&memd, 0, SLOT(1, 0), 8);
-        fill(ram + (PAGES - 1) * PAGE_BYTES, PAGES); /* a share ends meanwhile */
+        bytes_fill(ram + (PAGES - 1) * PAGE_BYTES, PAGES); /* a share ends meanwhile */
         usleep(50000);
     }
     cr_assert(memd_end_heard(&memd, "'pinned'"), "the offence is told to memd");
@@ -380,7 +351,7 @@ Test(linked, a_hook_that_does_not_return_does_not_stop_the_guest, .timeout = 60)
         ;
     /* The scanner is in the hook. Writes to shared pages, discards and removals go on. */
     for (uint32_t i = 0; i < PAGES; i++)
-        fill(ram + i * PAGE_BYTES, i + 1);
+        bytes_fill(ram + i * PAGE_BYTES, i + 1);
     cr_assert_eq(status().shared, 0);
     cr_assert_eq(memd_ram_discard(vm, ram, PAGE_BYTES), 0);
     cr_assert_eq(ram[0], 0);

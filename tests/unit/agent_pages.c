@@ -16,6 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "agent_bytes.h"
 #include "discard.h"
 #include "fault.h"
 #include "freeze.h"
@@ -32,37 +33,6 @@ static struct segments segments;
 static struct merge_stats stats;
 static struct ram_block *block;
 static uint8_t *guest;
-
-static void fill(uint8_t *page, uint32_t content)
-{
-    uint32_t *words = (uint32_t *)page;
-
-    for (uint32_t i = 0; i < PAGE_BYTES / 4; i++)
-        words[i] = content * 2654435761U + i;
-}
-
-static bool holds(const uint8_t *page, uint32_t content)
-{
-    uint8_t want[PAGE_BYTES];
-
-    fill(want, content);
-    return memcmp(page, want, PAGE_BYTES) == 0;
-}
-
-static int make_segment(uint32_t pages, uint32_t first_content, int seals)
-{
-    int fd = memfd_create("memd-test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    uint8_t page[PAGE_BYTES];
-
-    for (uint32_t i = 0; i < pages; i++) {
-        fill(page, first_content + i);
-        cr_assert_eq(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES), (ssize_t)PAGE_BYTES);
-    }
-    cr_assert_eq(fcntl(fd, F_ADD_SEALS, seals), 0);
-    return fd;
-}
-
-#define ALL_SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 static void *reserve(size_t bytes)
 {
@@ -89,7 +59,7 @@ static void set_up(void)
         block->chunks[c].state = CHUNK_ARMED;
         lock_release(&block->lock);
     }
-    cr_assert_eq(segments_add(&segments, 1, 1024, make_segment(1024, 1000, ALL_SEALS)), 0);
+    cr_assert_eq(segments_add(&segments, 1, 1024, bytes_segment(1024, 1000, ALL_SEALS)), 0);
 }
 
 /* As agent_stand_down does it. Returns what could not be made private. */
@@ -116,7 +86,7 @@ TestSuite(agent_pages, .init = set_up, .fini = tear_down, .timeout = 60);
 static void fill_guest(uint32_t index, uint32_t pages, uint32_t first_content)
 {
     for (uint32_t i = 0; i < pages; i++)
-        fill(ram_address(block, index + i), first_content + i);
+        bytes_fill(ram_address(block, index + i), first_content + i);
 }
 
 static void merge(uint32_t index, uint32_t slot_page, uint32_t pages, uint8_t *outcomes)
@@ -157,7 +127,7 @@ Test(agent_pages, equal_pages_are_shared_and_read_the_same)
     for (uint32_t i = 0; i < 300; i++) {
         cr_assert_eq(outcomes[i], 0);
         cr_assert_eq(ram_place(block, 100 + i), PLACE_SHARED);
-        cr_assert(holds(ram_address(block, 100 + i), 1000 + i));
+        cr_assert(bytes_hold(ram_address(block, 100 + i), 1000 + i));
     }
     cr_assert_eq(block->counts[PLACE_SHARED], 300);
     assert_sums();
@@ -174,9 +144,9 @@ Test(agent_pages, a_page_that_differs_in_its_last_byte_goes_back)
     cr_assert_eq(outcomes[0], 0);
     cr_assert_eq(outcomes[1], NOT_MERGED_MISMATCH);
     cr_assert_eq(outcomes[2], 0);
-    cr_assert(!holds(ram_address(block, 1), 1001));
+    cr_assert(!bytes_hold(ram_address(block, 1), 1001));
     ram_address(block, 1)[PAGE_BYTES - 1] ^= 1;
-    cr_assert(holds(ram_address(block, 1), 1001));
+    cr_assert(bytes_hold(ram_address(block, 1), 1001));
     assert_sums();
 }
 
@@ -222,9 +192,8 @@ Test(agent_pages, a_broken_page_can_be_shared_again)
         merge(0, 0, 8, outcomes);
         for (uint32_t i = 0; i < 8; i++) {
             cr_assert_eq(outcomes[i], 0, "round %d page %u outcome %u", round, i, outcomes[i]);
-            ram_address(block, i)[100]++;
-            ram_address(block, i)[100]--;
-            cr_assert(holds(ram_address(block, i), 1000 + i));
+            bytes_touch(&ram_address(block, i)[100]);
+            cr_assert(bytes_hold(ram_address(block, i), 1000 + i));
         }
     }
     assert_sums();
@@ -242,18 +211,18 @@ Test(agent_pages, a_discarded_share_reads_as_zeros)
     lock_release(&block->lock);
     for (uint32_t i = 10; i < 40; i++)
         cr_assert_eq(memcmp(ram_address(block, i), zeros, PAGE_BYTES), 0);
-    cr_assert(holds(ram_address(block, 9), 1009));
-    cr_assert(holds(ram_address(block, 40), 1040));
+    cr_assert(bytes_hold(ram_address(block, 9), 1009));
+    cr_assert(bytes_hold(ram_address(block, 40), 1040));
     assert_sums();
 }
 
 Test(agent_pages, an_unsealed_segment_is_refused)
 {
-    int fd = make_segment(4, 0, F_SEAL_SHRINK | F_SEAL_GROW);
+    int fd = bytes_segment(4, 0, F_SEAL_SHRINK | F_SEAL_GROW);
 
     cr_assert_eq(segments_add(&segments, 2, 4, fd), -EPERM);
     close(fd);
-    fd = make_segment(4, 0, ALL_SEALS);
+    fd = bytes_segment(4, 0, ALL_SEALS);
     cr_assert_eq(segments_add(&segments, 2, 5, fd), -EINVAL);
     close(fd);
 }
@@ -269,7 +238,7 @@ Test(agent_pages, a_fork_between_leaves_both_sides_right)
     child = fork();
     if (child == 0) {
         for (uint32_t i = 0; i < 64; i++)
-            if (!holds(ram_address(block, i), 1000 + i))
+            if (!bytes_hold(ram_address(block, i), 1000 + i))
                 _exit(1);
         ram_address(block, 3)[0] = 1;
         _exit(0);
@@ -278,7 +247,7 @@ Test(agent_pages, a_fork_between_leaves_both_sides_right)
     cr_assert_eq(status, 0);
     merge(32, 32, 32, outcomes);
     for (uint32_t i = 0; i < 64; i++)
-        cr_assert(holds(ram_address(block, i), 1000 + i));
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i));
     assert_sums();
 }
 
@@ -300,7 +269,7 @@ Test(agent_pages, pages_that_no_longer_are_exclusive_are_returned_by_copy)
     freeze_thaw(&ram, block, 0, 4);
     lock_release(&block->lock);
     for (uint32_t i = 0; i < 4; i++)
-        cr_assert(holds(ram_address(block, i), 1000 + i));
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i));
     kill(child, SIGKILL);
     waitpid(child, &status, 0);
 }
@@ -309,7 +278,7 @@ Test(agent_pages, segments_can_be_given_up_one_by_one)
 {
     uint8_t outcomes[64];
 
-    cr_assert_eq(segments_add(&segments, 2, 64, make_segment(64, 5000, ALL_SEALS)), 0);
+    cr_assert_eq(segments_add(&segments, 2, 64, bytes_segment(64, 5000, ALL_SEALS)), 0);
     fill_guest(0, 64, 1000);
     fill_guest(64, 64, 5000);
     merge(0, 0, 64, outcomes);
@@ -320,7 +289,7 @@ Test(agent_pages, segments_can_be_given_up_one_by_one)
     segments_remove(&segments, 2);
     cr_assert_eq(block->counts[PLACE_SHARED], 64);
     for (uint32_t i = 0; i < 128; i++)
-        cr_assert(holds(ram_address(block, i), i < 64 ? 1000 + i : 5000 + i - 64));
+        cr_assert(bytes_hold(ram_address(block, i), i < 64 ? 1000 + i : 5000 + i - 64));
     assert_sums();
 }
 
@@ -328,13 +297,13 @@ Test(agent_pages, a_shared_page_moves_within_the_store)
 {
     uint8_t outcomes[4];
 
-    cr_assert_eq(segments_add(&segments, 2, 64, make_segment(64, 1000, ALL_SEALS)), 0);
+    cr_assert_eq(segments_add(&segments, 2, 64, bytes_segment(64, 1000, ALL_SEALS)), 0);
     fill_guest(0, 4, 1000);
     merge(0, 0, 4, outcomes);
     cr_assert_eq(merge_remap(&ram, &segments, block, 1, SLOT(2, 1), &stats), 0);
     cr_assert_eq(block->slots[1], SLOT(2, 1));
     cr_assert_eq(merge_remap(&ram, &segments, block, 2, SLOT(2, 1), &stats), NOT_MERGED_MISMATCH);
-    cr_assert(holds(ram_address(block, 1), 1001));
+    cr_assert(bytes_hold(ram_address(block, 1), 1001));
     ram_address(block, 1)[0]++;
     cr_assert_eq(ram_place(block, 1), PLACE_PRIVATE);
     assert_sums();
@@ -350,7 +319,7 @@ Test(agent_pages, a_run_of_faults_does_not_stick_at_the_end_of_a_vma)
 
     madvise(at, HUGE_BYTES, MADV_NOHUGEPAGE);
     for (uint32_t i = 0; i < 8; i++)
-        fill(at + (200 + i) * PAGE_BYTES, 1000 + i);
+        bytes_fill(at + (200 + i) * PAGE_BYTES, 1000 + i);
     cr_assert_eq(ram_add(&ram, at, HUGE_BYTES, RAM_NOHUGEPAGE, false, &old), 0);
     lock_take(&old->lock);
     cr_assert_eq(remap_arm(&ram, old, 0, HUGE_PAGES), 0);
@@ -385,7 +354,7 @@ Test(agent_pages, a_fault_that_is_told_of_late_puts_nothing_into_the_store_s_map
     lock_release(&block->lock);
     fault_serve_missing(&handler, (uintptr_t)ram_address(block, 2));
     for (uint32_t i = 0; i < 4; i++)
-        cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
     assert_sums();
 }
 
@@ -421,11 +390,10 @@ Test(agent_pages, a_share_that_gets_no_copy_does_not_look_its_slot_up_again)
     r->shadow_fd = shadow_fd;
     lock_release(&block->lock);
     segments_remove(&segments, 1);
-    cr_assert_eq(segments_add(&segments, 1, 1024, make_segment(1024, 7000, ALL_SEALS)), 0);
-    ram_address(block, 1)[9]++;
-    ram_address(block, 1)[9]--;
+    cr_assert_eq(segments_add(&segments, 1, 1024, bytes_segment(1024, 7000, ALL_SEALS)), 0);
+    bytes_touch(&ram_address(block, 1)[9]);
     for (uint32_t i = 0; i < 4; i++)
-        cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
     cr_assert_eq(block->counts[PLACE_SHARED], 0);
     cr_assert_eq(block->captives, 4);
     assert_sums();
@@ -437,7 +405,7 @@ Test(agent_pages, pages_that_may_have_been_written_unseen_are_not_called_shared)
     int pagemap_fd = ram.pagemap_fd;
     uint8_t outcomes[4];
 
-    cr_assert_eq(segments_add(&segments, 2, 4, make_segment(4, 1000, ALL_SEALS)), 0);
+    cr_assert_eq(segments_add(&segments, 2, 4, bytes_segment(4, 1000, ALL_SEALS)), 0);
     fill_guest(0, 4, 1000);
     merge(0, 0, 2, outcomes);
     ram.pagemap_fd = -1;
@@ -470,8 +438,7 @@ static void works_below_a_lowered_limit(int resource)
     fill_guest(0, 16, 1000);
     merge(0, 0, 8, outcomes);
     lower_limit(resource);
-    ram_address(block, 1)[9]++;
-    ram_address(block, 1)[9]--;
+    bytes_touch(&ram_address(block, 1)[9]);
     lock_take(&block->lock);
     cr_assert_eq(discard_pages(&ram, block, 4, 2, MADV_DONTNEED), 0);
     lock_release(&block->lock);
@@ -481,7 +448,7 @@ static void works_below_a_lowered_limit(int resource)
         if (i == 4 || i == 5)
             cr_assert(hash_page_is_zero(ram_address(block, i)), "page %u", i);
         else
-            cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+            cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
     assert_sums();
     setrlimit(resource, &(struct rlimit){RLIM_INFINITY, RLIM_INFINITY});
 }
@@ -517,7 +484,7 @@ Test(agent_pages, zeros_in_place_where_some_pages_are_not_registered, .timeout =
         if (i >= 1 && i < 5)
             cr_assert(hash_page_is_zero(ram_address(block, i)), "page %u", i);
         else
-            cr_assert(holds(ram_address(block, i), 1000 + i), "page %u", i);
+            cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
     cr_assert_eq(block->captives, 4);
     cr_assert_eq(ram.unmerges, 3);
     assert_sums();
@@ -567,7 +534,7 @@ Test(agent_pages, a_frozen_page_that_the_kernel_drops_reads_as_zeros, .timeout =
     lock_release(&block->lock);
     for (uint32_t i = 0; i < 4; i++)
         cr_assert(i % 2 ? hash_page_is_zero(ram_address(block, i))
-                        : holds(ram_address(block, i), 1000 + i),
+                        : bytes_hold(ram_address(block, i), 1000 + i),
                   "page %u", i);
     assert_sums();
 }

@@ -113,21 +113,29 @@ void agent_give_up(struct memd_vm *vm, const char *reason);
 /* Up to so many blocks can be touched by one call of the VMM. */
 #define AGENT_MAX_LEAVING RAM_MAX_BLOCKS
 
+/* A call of the VMM's that memd can't follow, and the blocks that it touches. The first five are
+ * the caller's, the others 0. */
 struct agent_leaving {
+    void *changed; /* a mapping that becomes another one, or moves; or NULL */
+    size_t changed_bytes;
+    void *ended; /* what is mapped here ends; or NULL */
+    size_t ended_bytes;
+    bool whole; /* if the call fails, all of `ended` is as before (munmap; not MAP_FIXED) */
     uint32_t count;
     struct ram_block *blocks[AGENT_MAX_LEAVING];
 };
 
 /*
- * The VMM is about to change the mapping of [addr, addr + bytes) in a way that memd can't follow:
- * every block that it touches is given back. With `unmapping`, pages that are all within the range
- * are not copied first. The blocks stay locked until agent_leave_end, so that the change and our
- * letting go are one.
+ * Before the call: every block that it touches is given back to the VMM. What is certain to end
+ * altogether (`whole`) is not copied for that. The blocks stay locked until agent_leave_end, so
+ * that the change and our letting go are one. Nothing is forgotten yet that a call which fails
+ * would leave in the store's mappings.
  */
-void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
-                       struct agent_leaving *leaving);
-void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving);
-/* Between the two: has something stayed in the store's mappings, which can't be moved elsewhere? */
+void agent_leave_begin(struct memd_vm *vm, struct agent_leaving *leaving);
+/* After it: did the call succeed? Then `ended` holds something else now. */
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving, bool done);
+/* Between the two: has something of `changed` stayed in the store's mappings (there was no memory
+ * to copy it to)? It can't be moved elsewhere then. */
 bool agent_leave_is_partial(const struct agent_leaving *leaving);
 
 /* memd_ram_discard with the VMM's own advice. 0 or -errno. */

@@ -290,28 +290,25 @@ static void forget_part(struct memd_vm *vm, struct ram_block *block, const uint8
                    (uint32_t)((to - from + (long)PAGE_BYTES - 1) / (long)PAGE_BYTES));
 }
 
-/* Whole blocks that go need not be copied first. */
-static void take_leave(struct memd_vm *vm, struct ram_block *block, const uint8_t *addr,
-                       size_t bytes, bool unmapping)
+static bool ends_whole(const struct agent_leaving *leaving, const struct ram_block *block)
 {
-    if (unmapping && covers(block, addr, bytes)) {
-        ram_forget(&vm->ram, block);
-        return;
-    }
-    let_go(vm, block);
-    if (unmapping && block->live)
-        forget_part(vm, block, addr, bytes);
+    return leaving->whole && covers(block, leaving->ended, leaving->ended_bytes);
 }
 
-void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
-                       struct agent_leaving *leaving)
+static bool touches(const struct agent_leaving *leaving, const struct ram_block *block)
+{
+    return overlaps(block, leaving->changed, leaving->changed_bytes) ||
+           overlaps(block, leaving->ended, leaving->ended_bytes);
+}
+
+void agent_leave_begin(struct memd_vm *vm, struct agent_leaving *leaving)
 {
     leaving->count = 0;
     /* All of the reading locks before the first block lock: whoever holds the one may be waiting
      * for the fault handler, and that for the other. */
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
         struct ram_block *block = &vm->ram.blocks[i];
-        if (!block->live || !overlaps(block, addr, bytes) || leaving->count == AGENT_MAX_LEAVING)
+        if (!block->live || !touches(leaving, block))
             continue;
         lock_take(&block->reading);
         leaving->blocks[leaving->count++] = block;
@@ -319,16 +316,27 @@ void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapp
     for (uint32_t i = 0; i < leaving->count; i++) {
         struct ram_block *block = leaving->blocks[i];
         lock_take(&block->lock);
-        if (block->live)
-            take_leave(vm, block, addr, bytes, unmapping);
+        if (block->live && !ends_whole(leaving, block))
+            let_go(vm, block);
     }
 }
 
-void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
+/* What the block has in `ended` is not in the store's mappings any more. */
+static void forget_ended(struct memd_vm *vm, struct ram_block *block,
+                         const struct agent_leaving *leaving)
 {
-    (void)vm;
+    if (covers(block, leaving->ended, leaving->ended_bytes))
+        ram_forget(&vm->ram, block);
+    else if (overlaps(block, leaving->ended, leaving->ended_bytes))
+        forget_part(vm, block, leaving->ended, leaving->ended_bytes);
+}
+
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving, bool done)
+{
     while (leaving->count > 0) {
         struct ram_block *block = leaving->blocks[--leaving->count];
+        if (done && block->live)
+            forget_ended(vm, block, leaving);
         lock_release(&block->lock);
         lock_release(&block->reading);
     }
@@ -337,7 +345,8 @@ void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
 bool agent_leave_is_partial(const struct agent_leaving *leaving)
 {
     for (uint32_t i = 0; i < leaving->count; i++)
-        if (leaving->blocks[i]->live)
+        if (leaving->blocks[i]->live &&
+            overlaps(leaving->blocks[i], leaving->changed, leaving->changed_bytes))
             return true;
     return false;
 }
@@ -345,7 +354,7 @@ bool agent_leave_is_partial(const struct agent_leaving *leaving)
 int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
 {
     struct ram_block *block;
-    struct agent_leaving leaving;
+    struct agent_leaving leaving = {.changed = addr, .changed_bytes = bytes};
     int r = check_handle(vm);
     bool gone;
 
@@ -354,9 +363,9 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     block = ram_find(&vm->ram, addr);
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
-    agent_leave_begin(vm, addr, bytes, false, &leaving);
+    agent_leave_begin(vm, &leaving);
     gone = !block->live || block->counts[PLACE_SHARED] == 0;
-    agent_leave_end(vm, &leaving);
+    agent_leave_end(vm, &leaving, true);
     return gone ? 0 : -ENOMEM;
 }
 
