@@ -19,10 +19,7 @@ struct scene {
 
 static void set_up(struct scene *scene)
 {
-    char config[128];
-
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    world_start(&scene->world, config);
+    world_start(&scene->world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&scene->fakes[i], &scene->world, i ? "honest" : "liar", "web", 100);
         for (uint32_t page = 0; page < 100; page++)
