@@ -310,8 +310,8 @@ static int prepare_memory(struct guest_ram *ram, struct ram_block *block, bool f
                          UFFDIO_REGISTER_MODE_MISSING);
 }
 
-int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
-            struct ram_block **ret_block)
+static int add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
+               struct ram_block **ret_block)
 {
     struct ram_block *block = &ram->blocks[ram->block_count];
     uint32_t pages = (uint32_t)(bytes / PAGE_BYTES);
@@ -348,6 +348,17 @@ int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes
     __atomic_store_n(&ram->block_count, ram->block_count + 1, __ATOMIC_RELEASE);
     *ret_block = block;
     return 0;
+}
+
+int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
+            struct ram_block **ret_block)
+{
+    int r;
+
+    lock_take(&ram->adding);
+    r = add(ram, base, bytes, attributes, fresh, ret_block);
+    lock_release(&ram->adding);
+    return r;
 }
 
 struct ram_block *ram_find(struct guest_ram *ram, const void *address)
@@ -401,6 +412,7 @@ void ram_reset_locks(struct guest_ram *ram)
         lock_reset(&ram->blocks[i].reading);
     }
     lock_reset(&ram->broken.lock);
+    lock_reset(&ram->adding);
 }
 
 void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,

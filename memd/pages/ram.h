@@ -116,7 +116,8 @@ struct guest_ram {
     uint8_t *staging; /* FREEZE_MAX_PAGES pages, registered with guest_fd */
     uint32_t staged;  /* of these, from the first on: used by freezes that are over */
     struct page_source sources[PLACE_COUNT];
-    uintptr_t lowest; /* of all live blocks */
+    struct lock adding; /* held by who takes a block in */
+    uintptr_t lowest;   /* of all live blocks */
     uintptr_t highest;
     uint32_t block_count;
     uint32_t next_page;
@@ -142,7 +143,7 @@ void ram_close(struct guest_ram *ram);
  * Takes a block in. The range must be whole pages of one kind: private, anonymous, readable and
  * writable, not locked, not huge TLB, not registered with somebody's userfaultfd (ram_inspect
  * tells). With `fresh` the caller promises that no other thread touches it now; if nothing is in
- * it, it is replaced by a piece of its shadow. Returns 0 and the block, or -errno.
+ * it, it is replaced by a piece of its shadow. Any thread. Returns 0 and the block, or -errno.
  */
 int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
             struct ram_block **ret_block);

@@ -56,6 +56,7 @@ struct memd_vm {
     uint32_t state; /* enum agent_state */
     uint32_t stop;
     uint32_t forked;            /* this is a child of the VMM, without our threads */
+    uint32_t *mark;             /* 1, and 0 in a child; or NULL */
     uint32_t registers_begun;   /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
     uint32_t registers_ended;   /* and calls that are over */
     uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
@@ -94,6 +95,13 @@ struct memd_vm {
     uint64_t unmerges_counted; /* ram.unmerges then */
     uint32_t vma_limit;
 };
+
+/* Is this a child of the VMM: a copy of its memory, without our threads? (Not one of vfork, which
+ * has no memory of its own.) */
+static inline bool agent_is_child(const struct memd_vm *vm)
+{
+    return vm->forked || (vm->mark && !*vm->mark);
+}
 
 /* attach.c */
 

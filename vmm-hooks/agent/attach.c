@@ -111,6 +111,23 @@ static void read_vma_limit(struct memd_vm *vm)
     vm->vma_limit = (uint32_t)(limit > 0 ? limit : 65530) / 4 * 3;
 }
 
+/* A page that the kernel empties in a child, however that was made. Without it, only what libc
+ * tells is known. */
+static void map_mark(struct memd_vm *vm)
+{
+    uint32_t *mark =
+        sys_mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (sys_failed(mark))
+        return;
+    if (sys_madvise(mark, PAGE_BYTES, MADV_WIPEONFORK) < 0) {
+        sys_munmap(mark, PAGE_BYTES);
+        return;
+    }
+    *mark = 1;
+    vm->mark = mark;
+}
+
 static int start_threads(struct memd_vm *vm)
 {
     sigset_t all;
@@ -135,6 +152,8 @@ static int start_threads(struct memd_vm *vm)
 static void free_vm(struct memd_vm *vm)
 {
     sys_close(vm->stop_fd);
+    if (vm->mark)
+        sys_munmap(vm->mark, PAGE_BYTES);
     sys_munmap(vm, sizeof(*vm));
     __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
 }
@@ -156,6 +175,7 @@ int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
     vm->stop_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
     r = copy_options(vm, options);
     read_vma_limit(vm);
+    map_mark(vm);
     if (r == 0)
         r = start_threads(vm);
     if (r < 0) {
@@ -193,7 +213,7 @@ static int check_handle(const struct memd_vm *vm)
     if (!vm || vm != the_vm)
         return -EBADF;
     /* The userfaultfds of a child are its parent's, and work on the parent's memory. */
-    return vm->forked ? -EAGAIN : 0;
+    return agent_is_child(vm) ? -EAGAIN : 0;
 }
 
 static bool is_a_range(const void *addr, size_t bytes)
@@ -259,13 +279,19 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
     return r;
 }
 
-/* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
-static bool is_private(const struct ram_block *block)
+/* Nobody needs the fault handler in this block. */
+static bool is_at_rest(const struct ram_block *block)
 {
     for (uint32_t c = 0; c < block->chunk_count; c++)
         if (block->chunks[c].state == CHUNK_ARMED)
             return false;
-    return block->counts[PLACE_SHARED] == 0 && block->captives == 0;
+    return block->counts[PLACE_SHARED] == 0;
+}
+
+/* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
+static bool is_private(const struct ram_block *block)
+{
+    return is_at_rest(block) && block->captives == 0;
 }
 
 /* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
@@ -364,7 +390,10 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
     agent_leave_begin(vm, &leaving);
-    gone = !block->live || block->counts[PLACE_SHARED] == 0;
+    /* With its captives: what is mapped here next is not ours to discard. */
+    if (block->live && is_at_rest(block))
+        ram_forget(&vm->ram, block);
+    gone = !block->live;
     agent_leave_end(vm, &leaving, true);
     return gone ? 0 : -ENOMEM;
 }
@@ -428,7 +457,9 @@ int agent_discard_in_child(struct memd_vm *vm, void *addr, size_t bytes, int adv
         struct ram_block *block = ram_find(&vm->ram, at);
         uint32_t index = block ? (uint32_t)((at - block->base) / (long)PAGE_BYTES) : 0;
         int r = 0;
-        if (block && (ram_place(block, index) == PLACE_SHARED || ram_captive(block, index))) {
+        /* RAM that the child did not get is not there, but what it has mapped since may be. */
+        if (block && !(block->attributes & RAM_DONTFORK) &&
+            (ram_place(block, index) == PLACE_SHARED || ram_captive(block, index))) {
             void *fresh = sys_mmap(at, PAGE_BYTES, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
             r = sys_failed(fresh) ? (int)(intptr_t)fresh : 0;

@@ -85,7 +85,7 @@ static struct memd_vm *agent(void)
 {
     struct memd_vm *vm = attached();
 
-    return vm && !vm->forked ? vm : NULL;
+    return vm && !agent_is_child(vm) ? vm : NULL;
 }
 
 /* The agent, if the range touches what may be registered RAM; in a child too. */
@@ -103,7 +103,7 @@ static struct memd_vm *concerned(const void *addr, size_t bytes)
 {
     struct memd_vm *vm = touched(addr, bytes);
 
-    return vm && !vm->forked ? vm : NULL;
+    return vm && !agent_is_child(vm) ? vm : NULL;
 }
 
 /* ---- attaching ---- */
@@ -312,7 +312,7 @@ static int advise(void *addr, size_t bytes, int advice)
     vm = touched(addr, bytes);
     if (!vm || (is_discard(advice) && !discards_are_ours))
         return sys_madvise(addr, bytes, advice);
-    if (vm->forked)
+    if (agent_is_child(vm))
         return is_discard(advice) ? agent_discard_in_child(vm, addr, bytes, advice)
                                   : sys_madvise(addr, bytes, advice);
     if (is_discard(advice))
