@@ -60,8 +60,10 @@ static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint
 {
     bool arm = block->chunks[ram_chunk_of(block, index)].state == CHUNK_ARMED;
     uint32_t ended = count_shared(block, index, pages);
-    int r = remap_to_absent(ram, block, index, pages, arm);
+    int r = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, pages)))
+        r = remap_to_absent(ram, block, index, pages, arm);
     if (r < 0)
         r = zero_in_place(ram, block, index, pages);
     ended -= count_shared(block, index, pages);

@@ -182,8 +182,10 @@ static void break_share(struct fault_handler *handler, struct ram_block *block, 
     struct guest_ram *ram = handler->ram;
     uint32_t window = next_window(handler, block, index);
     uint32_t run = same_place(block, index, window, PLACE_SHARED);
-    int broken = remap_to_private(ram, block, index, run, true);
+    int broken = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, run)))
+        broken = remap_to_private(ram, block, index, run, true);
     if (broken < 0) {
         ram_move_places(ram, block, index, 1, TRANSITION_BREAK);
         ram_set_captive(block, index, true);

@@ -450,6 +450,37 @@ void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint3
     lock_release(&queue->lock);
 }
 
+/* What becomes of the border between a page that leaves the store and its neighbour. */
+static int border_cost(const struct ram_block *block, uint32_t index, uint32_t neighbour)
+{
+    if (ram_captive(block, neighbour))
+        return 0;
+    if (ram_place(block, neighbour) != PLACE_SHARED)
+        return -1;
+    return block->slots[neighbour] - block->slots[index] == neighbour - index ? 1 : 0;
+}
+
+int ram_split_cost(const struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t last = index + pages - 1;
+
+    return (index > 0 ? border_cost(block, index, index - 1) : 0) +
+           (last + 1 < block->pages ? border_cost(block, last, last + 1) : 0);
+}
+
+bool ram_may_spend(const struct guest_ram *ram, int vmas)
+{
+    int64_t allowed = __atomic_load_n(&ram->vmas_allowed, __ATOMIC_RELAXED);
+
+    return allowed == 0 || vmas <= 0 ||
+           __atomic_load_n(&ram->vmas_spent, __ATOMIC_RELAXED) + vmas <= allowed;
+}
+
+void ram_spend(struct guest_ram *ram, int vmas)
+{
+    __atomic_add_fetch(&ram->vmas_spent, vmas, __ATOMIC_RELAXED);
+}
+
 void ram_set_captive(struct ram_block *block, uint32_t index, bool captive)
 {
     if (captive == ram_captive(block, index))

@@ -123,8 +123,12 @@ struct guest_ram {
     uint32_t next_page;
     struct ram_block blocks[RAM_MAX_BLOCKS];
     struct broken_queue broken;
-    uint64_t unmerges;            /* shares that ended, ever */
-    uint64_t discards;            /* those of them that ended by a discard */
+    uint64_t unmerges; /* shares that ended, ever */
+    uint64_t discards; /* those of them that ended by a discard */
+    /* The VMAs that shares may cost when they are made or end, from now on, and (an estimate) what
+     * they have cost. 0 allowed: nobody counts. */
+    int64_t vmas_allowed;
+    int64_t vmas_spent;
     uint64_t refused_transitions; /* a defect of ours: reported, never corrected */
 };
 
@@ -243,6 +247,13 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
 /* Notes that the shares of these pages have ended. Caller holds the block's lock. */
 void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint32_t index,
                      uint32_t pages);
+
+/* Pages [index, index + pages) are to leave the store's mappings. How many VMAs that makes, -2 to
+ * 2, if the kernel joins what it can. Caller holds the lock. */
+int ram_split_cost(const struct ram_block *block, uint32_t index, uint32_t pages);
+/* May so many be spent? If not, the VMM itself would soon get no mapping any more. */
+bool ram_may_spend(const struct guest_ram *ram, int vmas);
+void ram_spend(struct guest_ram *ram, int vmas);
 
 /* Sets or clears the captive flag. Caller holds the lock. */
 void ram_set_captive(struct ram_block *block, uint32_t index, bool captive);

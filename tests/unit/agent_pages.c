@@ -539,6 +539,88 @@ Test(agent_pages, a_frozen_page_that_the_kernel_drops_reads_as_zeros, .timeout =
     assert_sums();
 }
 
+/* Until the kernel gives this process no more. */
+static void use_up_mappings(void)
+{
+    size_t pages = 1 << 20;
+    uint8_t *at = mmap(NULL, pages * PAGE_BYTES, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    for (size_t i = 1; i < pages; i += 2)
+        if (mprotect(at + i * PAGE_BYTES, PAGE_BYTES, PROT_READ) < 0)
+            return;
+    cr_skip_test("vm.max_map_count is too large to reach it");
+}
+
+/* Where a chunk that is to be armed ends within a mapping, there is no other half for it. */
+Test(agent_pages, a_chunk_that_is_armed_by_half_lets_nobody_wait, .timeout = 20)
+{
+    struct ram_block *other;
+    uint8_t *at = reserve(2 * HUGE_BYTES);
+
+    madvise(at, HUGE_BYTES / 2, MADV_DONTDUMP);
+    cr_assert_eq(ram_add(&ram, at, 2 * HUGE_BYTES, 0, false, &other), 0);
+    use_up_mappings();
+    lock_take(&other->lock);
+    cr_assert_eq(remap_arm(&ram, other, 0, HUGE_PAGES), -ENOMEM);
+    lock_release(&other->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i += 16)
+        cr_assert_eq(ram_address(other, i)[7], 0); /* comes back */
+}
+
+/* A VMM whose malloc gets no mapping any more ends. */
+Test(agent_pages, breaks_and_discards_in_the_middle_of_runs_leave_mappings_to_the_vmm)
+{
+    uint8_t outcomes[64];
+    uint32_t vmas;
+
+    fill_guest(0, 64, 1000);
+    merge(0, 0, 64, outcomes);
+    ram.vmas_allowed = 4;
+    ram.vmas_spent = 0;
+    bytes_touch(&ram_address(block, 10)[1]);
+    bytes_touch(&ram_address(block, 20)[1]);
+    vmas = vmas_of_guest();
+    bytes_touch(&ram_address(block, 30)[1]); /* would be two more */
+    bytes_touch(&ram_address(block, 21)[1]); /* none more, beside 20 */
+    lock_take(&block->lock);
+    cr_assert_eq(discard_pages(&ram, block, 40, 2, MADV_DONTNEED), 0);
+    lock_release(&block->lock);
+    cr_assert_eq(vmas_of_guest(), vmas);
+    cr_assert(ram_captive(block, 30));
+    cr_assert_not(ram_captive(block, 21));
+    ram.vmas_spent = 0; /* they were counted again */
+    bytes_touch(&ram_address(block, 50)[1]);
+    cr_assert_not(ram_captive(block, 50));
+    cr_assert_eq(vmas_of_guest(), vmas + 2);
+    for (uint32_t i = 0; i < 64; i++)
+        if (i == 40 || i == 41)
+            cr_assert(hash_page_is_zero(ram_address(block, i)));
+        else
+            cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
+    assert_sums();
+}
+
+Test(agent_pages, what_a_broken_share_costs_in_mappings)
+{
+    uint8_t outcomes[64];
+
+    fill_guest(512, 64, 1000);
+    fill_guest(600, 1, 1009);
+    merge(512, 0, 64, outcomes);
+    merge(600, 9, 1, outcomes);
+    for (uint32_t i = 0; i < 300; i++) {
+        uint32_t index = i == 299 ? 600 : 512 + i * 37 % 64;
+        uint32_t before = vmas_of_guest();
+        int cost = ram_place(block, index) == PLACE_SHARED ? ram_split_cost(block, index, 1) : 0;
+        handler.window = 0; /* no more than this one */
+        handler.last_block = NULL;
+        bytes_touch(&ram_address(block, index)[1]);
+        cr_assert_eq((int)vmas_of_guest() - (int)before, cost, "page %u", index);
+    }
+    assert_sums();
+}
+
 /* A discard there would put memory of ours over what the VMM has mapped since. */
 Test(agent_pages, what_the_vmm_unmaps_is_not_remembered_as_the_store_s)
 {

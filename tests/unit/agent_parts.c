@@ -279,6 +279,7 @@ Test(budget, it_is_counted_again_before_too_much_is_believed)
     cr_assert(run_count_again(&vm));
     cr_assert_gt(vm.vmas, 10);
     cr_assert_eq(vm.merge.vmas_added, 0);
+    cr_assert_eq(vm.ram.vmas_allowed, 80000 + 80000 / 6 - vm.vmas, "and what breaks may cost");
     vm.ram.unmerges += 40000;
     cr_assert_eq(run_shortest_run(&vm), 0);
     cr_assert(run_count_again(&vm));

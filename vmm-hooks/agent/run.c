@@ -111,6 +111,16 @@ static bool offer(void *context, uint32_t page, uint64_t hash)
     return vm->rpc.fd >= 0 && rpc_put(&vm->rpc, RING_OFFER, page, hash);
 }
 
+/* Shares that end may go into the VMM's quarter, but only by half: behind that the kernel's silent
+ * copies are the lesser evil. */
+static void allow_splits(struct memd_vm *vm)
+{
+    int64_t allowed = (int64_t)vm->vma_limit + vm->vma_limit / 6 - vm->vmas;
+
+    __atomic_store_n(&vm->ram.vmas_spent, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&vm->ram.vmas_allowed, allowed > 0 ? allowed : 1, __ATOMIC_RELAXED);
+}
+
 static void count_vmas(struct memd_vm *vm)
 {
     /* Before it is counted: a share that ends meanwhile is in both. */
@@ -121,6 +131,7 @@ static void count_vmas(struct memd_vm *vm)
         vm->vmas = (uint32_t)vmas;
         vm->merge.vmas_added = 0;
         vm->unmerges_counted = unmerges;
+        allow_splits(vm);
     }
 }
 
