@@ -198,13 +198,14 @@ static void judge_elf(const char *path, const struct image *image, char reason[I
                  "the VMM has another C library than the agent: it can't be preloaded");
 }
 
-int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *ret_linked)
+int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *ret_linked,
+                      bool *ret_script)
 {
     char current[PATH_MAX];
     struct image image = {0};
 
     reason[0] = '\0';
-    *ret_linked = false;
+    *ret_linked = *ret_script = false;
     snprintf(current, sizeof(current), "%s", path);
     for (int depth = 0; depth < SCRIPT_DEPTH; depth++) {
         int error = read_image(current, &image);
@@ -223,6 +224,7 @@ int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *r
                 judge_elf(current, &image, reason);
             return 0;
         }
+        *ret_script = true;
         snprintf(current, sizeof(current), "%s", image.interpreter);
     }
     return -ELOOP;

@@ -61,6 +61,7 @@ struct run {
     char *path;
     char *library; /* libmemd-preload.so */
     bool linked;   /* the VMM brings the agent itself: it is only told of memd */
+    bool script;   /* which may end while the VMM that it started goes on */
     bool agent;    /* there can be one; else: */
     char reason[IMAGE_REASON_CHARS + PATH_MAX];
     bool qemu;
@@ -132,7 +133,7 @@ static enum ctl_status find_vmm(struct run *run)
     run->vmm_argv = run->arguments->operands;
     error = ctl_image_find(run->vmm_argv[0], &run->path);
     if (error == 0)
-        error = ctl_image_inspect(run->path, reason, &run->linked);
+        error = ctl_image_inspect(run->path, reason, &run->linked, &run->script);
     if (error < 0) {
         ctl_say("%s can't be started: %s", run->vmm_argv[0], strerror(-error));
         return CTL_FAILED;
@@ -270,6 +271,8 @@ static json_t *make_registration(const struct run *run)
         json_object_set_new(body, "shares", json_integer((json_int_t)run->shares));
     if (domain)
         json_object_set_new(body, "domain", json_string(domain));
+    if (run->qemu ? run->line.daemonizes : run->script)
+        json_object_set_new(body, "daemonizes", json_true());
     if (run->qmp_path[0])
         json_object_set_new(body, "qmp", json_string(run->qmp_path));
     return body;
