@@ -62,6 +62,16 @@ static void on_bus_error(int signal_number)
 
 /* ---- opening sources ---- */
 
+/* Twice the same would be taken for duplicates. */
+static bool is_given_twice(const struct ctl_arguments *arguments, size_t index)
+{
+    for (size_t i = 0; i < index; i++) {
+        if (strcmp(arguments->operands[i], arguments->operands[index]) == 0)
+            return true;
+    }
+    return false;
+}
+
 static enum ctl_status name_sources(struct analyze *analyze)
 {
     const struct ctl_arguments *arguments = analyze->arguments;
@@ -70,6 +80,13 @@ static enum ctl_status name_sources(struct analyze *analyze)
     if (since && since != arguments->operand_count) {
         ctl_say("analyze: --since is given once for each source, in the same order");
         return CTL_USAGE;
+    }
+    for (size_t i = 1; i < arguments->operand_count; i++) {
+        if (is_given_twice(arguments, i)) {
+            ctl_say("analyze: %s is given twice, and would be its own duplicate; name it once",
+                    arguments->operands[i]);
+            return CTL_USAGE;
+        }
     }
     analyze->sources = calloc(arguments->operand_count, sizeof(*analyze->sources));
     if (!analyze->sources) {
