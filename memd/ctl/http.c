@@ -226,23 +226,24 @@ enum ctl_status ctl_http_stream(const char *socket, const char *path,
     return status;
 }
 
-static size_t on_nothing(char *bytes, size_t size, size_t count, void *context)
-{
-    (void)bytes;
-    (void)context;
-    return size * count;
-}
-
-bool ctl_http_reachable(const char *socket)
+bool ctl_http_reachable(const char *socket, json_t **ret_status)
 {
     CURL *curl = open_request(socket, "GET", "/v1/status");
+    struct buffer body = {0};
+    long http_status = 0;
     CURLcode code;
 
+    *ret_status = NULL;
     if (!curl)
         return false;
-    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_nothing);
+    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_body);
+    curl_easy_setopt(curl, CURLOPT_WRITEDATA, &body);
     curl_easy_setopt(curl, CURLOPT_TIMEOUT, CONNECT_TIMEOUT_S);
     code = curl_easy_perform(curl);
+    curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &http_status);
+    if (code == CURLE_OK && http_status == 200 && body.filled)
+        *ret_status = json_loadb(body.bytes, body.filled, 0, NULL);
+    free(body.bytes);
     curl_easy_cleanup(curl);
     return code == CURLE_OK;
 }
