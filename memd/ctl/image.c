@@ -232,13 +232,14 @@ int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *r
 
 char *ctl_image_preload_library(void)
 {
-    char own[PATH_MAX], path[PATH_MAX + 32];
+    /* As it was built; as it was installed, wherever that was. */
+    static const char *const from_here[] = {"../lib/libmemd-preload.so", MEMD_PRELOAD_FROM_BIN};
+    char own[PATH_MAX], path[PATH_MAX + sizeof(MEMD_PRELOAD_FROM_BIN) + 32];
     ssize_t length = readlink("/proc/self/exe", own, sizeof(own) - 1);
 
-    if (length > 0) {
-        own[length] = '\0';
-        *strrchr(own, '/') = '\0';
-        snprintf(path, sizeof(path), "%s/../lib/libmemd-preload.so", own);
+    own[length > 0 ? length : 0] = '\0';
+    for (size_t i = 0; length > 0 && i < sizeof(from_here) / sizeof(from_here[0]); i++) {
+        snprintf(path, sizeof(path), "%.*s/%s", (int)(strrchr(own, '/') - own), own, from_here[i]);
         if (access(path, R_OK) == 0)
             return realpath(path, NULL);
     }
