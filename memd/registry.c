@@ -146,7 +146,11 @@ static int check_promise(const struct daemon *daemon, const struct guest *guest,
                          const struct guest_wish *wish, char *words, size_t words_bytes)
 {
     if (wish->min_bytes > wish->max_bytes) {
-        snprintf(words, words_bytes, "min is more than max: nothing was changed");
+        snprintf(words, words_bytes,
+                 "min would be %" PRIu64 " MiB and max %" PRIu64
+                 " MiB: a guest can't be guaranteed more than it is promised; lower min or raise "
+                 "max",
+                 wish->min_bytes >> 20, wish->max_bytes >> 20);
         return -EINVAL;
     }
     if (!ledger_can_guarantee(&daemon->ledger, guest ? &guest->account : NULL, wish->min_bytes)) {

@@ -138,6 +138,8 @@ int ctl_value_number(const char *text, uint64_t most, uint64_t *ret_number);
 
 /* True for a name that a guest may have. */
 bool ctl_value_is_guest_name(const char *text);
+/* The same, with words when it is none. */
+bool ctl_value_check_guest_name(const char *text);
 
 /* ---- the commands, a file for each family ---- */
 

@@ -169,10 +169,8 @@ enum ctl_status ctl_guest_run(const struct ctl_arguments *arguments)
     enum ctl_status status;
     char path[128];
 
-    if (!ctl_value_is_guest_name(arguments->operands[0])) {
-        ctl_say("'%s' is no guest's name", arguments->operands[0]);
+    if (!ctl_value_check_guest_name(arguments->operands[0]))
         return CTL_USAGE;
-    }
     snprintf(path, sizeof(path), "/v1/guests/%s", arguments->operands[0]);
     status = ctl_http_call(arguments->socket, "GET", path, NULL, CTL_TIMEOUT_S, &guest);
     if (status != CTL_DONE)

@@ -79,10 +79,17 @@ static enum ctl_status unreachable(CURL *curl, const char *socket, CURLcode code
         return CTL_REFUSED;
     }
     if (code == CURLE_OPERATION_TIMEDOUT)
-        ctl_say("memd at %s does not answer in time", socket);
-    else
-        ctl_say("memd is not reachable at %s (%s): is it running?", socket,
+        ctl_say("memd at %s does not answer in time: it may be stopped, or something else listens "
+                "there",
+                socket);
+    else if (code != CURLE_COULDNT_CONNECT)
+        ctl_say("what answers at %s is not memd, or has just ended (%s)", socket,
                 curl_easy_strerror(code));
+    else if (error == ENOENT)
+        ctl_say("no memd at %s: start it (systemctl start memd), or say where it is with --socket",
+                socket);
+    else
+        ctl_say("nobody answers at %s any more: start memd again (systemctl start memd)", socket);
     return CTL_UNREACHABLE;
 }
 

@@ -37,7 +37,7 @@ Test(host_guests, registering_asks_for_what_is_needed_and_refuses_the_rest)
                  400);
     cr_assert_eq(
         http_status(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
-        "min is more than max");
+        "can't be guaranteed more than it is promised");
     cr_assert_eq(http_status(&world, "POST", "/v1/guests",
                              "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
                  400, "no such process");
