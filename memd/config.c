@@ -526,6 +526,8 @@ static int take_line(void *user, const char *cut, const char *name, const char *
 
     if (parse->error[0])
         return 0;
+    if (strstr(value, " #") || strstr(value, "\t#") || value[0] == '#')
+        return fail(parse, "%s: a comment that begins with '#' needs a line of its own", name);
     if (of_domain || of_guest) {
         if (!config_name_is_good(of_domain ? of_domain : of_guest))
             return fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63",

@@ -165,7 +165,8 @@ int main(int count, char **words)
     }
     if (!options.foreground && !getenv("NOTIFY_SOCKET") && go_background(&ready))
         return 1;
-    if (daemon_start(&daemon, &config, options.config))
+    /* A file that is put there later is read by SIGHUP. */
+    if (daemon_start(&daemon, &config, options.config ? options.config : DEFAULT_CONFIG))
         return 1;
     say_ready(ready);
     status = daemon_run(&daemon) ? 1 : 0;

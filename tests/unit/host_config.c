@@ -120,6 +120,8 @@ ParameterizedTestParameters(host_config, a_mistake_is_named_with_its_line)
         {"[domain web]\nuid = 1\n", ":2: a domain has no 'uid'"},
         {"[domain web]\nuids = 1 no-such-user-here\n", ":2: uids: 'no-such-user-here'"},
         {"[domain web]\nneutral = image\n", ":2: neutral: 'image' is no absolute path"},
+        {"[domain web]\nuids = 0 1 # root\n", ":2: uids: a comment that begins with '#'"},
+        {"[host]\nbudget = # much\n", ":2: budget: a comment"},
         {"[domain ../x]\nuids = 1\n", ":1: [domain ../x]: names are"},
         {"[host]\n[guest ]\n", ":2: [guest ]: names are"},
         {"[guest a]\nmax = x\n", ":2: max = x"},
