@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 # memctl's own parts and the host's knowledge of QEMU.
-if(NOT TARGET PkgConfig::CRITERION)
-    pkg_check_modules(CRITERION REQUIRED IMPORTED_TARGET criterion)
-endif()
 file(GLOB UNIT_CTL_SOURCES CONFIGURE_DEPENDS ctl_*.c)
 set(CTL_DIR ${PROJECT_SOURCE_DIR}/memd/ctl)
 add_executable(unit_ctl ${UNIT_CTL_SOURCES} ${CTL_DIR}/analyze_compress.c
