@@ -66,7 +66,9 @@ static void print_promises(const json_t *guest)
              ctl_format_size(ctl_json_u64(guest, "target_bytes"), a),
              ctl_format_size(ctl_json_u64(guest, "balloon_bytes"), b));
     print_line("target", line);
-    print_line("working set", ctl_format_size(ctl_json_u64(guest, "working_set_bytes"), a));
+    print_line("working set", ctl_json_u64(guest, "working_set_bytes")
+                                  ? ctl_format_size(ctl_json_u64(guest, "working_set_bytes"), a)
+                                  : "");
 }
 
 static const char *bar(uint64_t part, uint64_t whole, char text[BAR_CHARS + 1])
