@@ -149,14 +149,16 @@ static void stop_agents(struct daemon *daemon)
     agents_stop(daemon);
 }
 
-static void say_what_waits(const struct config *config)
+static void warn(const char *words)
 {
-    if (config->vault_set)
-        log_warning(
-            "[vault] is set, but this version of memd evicts nothing yet: it has no effect");
-    if (config->migration_set)
-        log_warning(
-            "[migration] is set, but this version of memd migrates nothing yet: it has no effect");
+    log_warning("%s", words);
+}
+
+static void say_about(const struct config *config)
+{
+    if (config->doubt[0])
+        log_warning("%s", config->doubt);
+    config_say_what_waits(config, warn);
 }
 
 /* ksmd is steered once a second; while it isn't ours, it is enough to look now and then. */
@@ -172,7 +174,7 @@ static int start_clock(struct daemon *daemon)
 {
     daemon->steering = (struct loop_timer){.expired = steer, .owner = daemon};
     loop_timer_set(&daemon->loop, &daemon->steering, NS_PER_S);
-    say_what_waits(&daemon->config);
+    say_about(&daemon->config);
     return 0;
 }
 
@@ -330,7 +332,7 @@ void daemon_reload(struct daemon *daemon)
     agents_reload(daemon, &old);
     agents_tune(daemon);
     control_reload(daemon);
-    say_what_waits(&fresh);
+    say_about(&fresh);
     config_free(&old);
     log_notice("%s was read again", daemon->config_path);
     events_emit(&daemon->events, "config_reloaded", NULL, NULL);

@@ -484,13 +484,18 @@ Test(host_restart, a_vmm_that_daemonizes_while_memd_is_away_is_waited_for)
         _exit(0);
     }
     world_start(&world, "");
-    strcpy(request.name, "a");
     request.wish.has_max = true;
+    strcpy(request.name, "b");
+    request.daemonizes = false;
+    cr_assert_eq(registry_add(&world.daemon, &request, &guest, words, sizeof(words)), 0);
+    strcpy(request.name, "a");
+    request.daemonizes = true;
     cr_assert_eq(registry_add(&world.daemon, &request, &guest, words, sizeof(words)), 0);
     daemon_stop(&world.daemon);
     kill(request.pid, SIGKILL);
     waitpid(request.pid, NULL, 0);
     world_restart(&world, "");
+    cr_assert_null(registry_find(&world.daemon, "b"));
     guest = registry_find(&world.daemon, "a");
     cr_assert_not_null(guest);
     fake_connect(&fake, &world, guest->token);
