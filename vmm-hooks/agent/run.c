@@ -94,14 +94,15 @@ static uint64_t vma_bound(const struct memd_vm *vm)
 uint32_t run_shortest_run(const struct memd_vm *vm)
 {
     uint64_t vmas = vma_bound(vm);
+    uint64_t limit = vm->vma_limit;
 
-    if (vmas + 2 > vm->vma_limit)
+    if (vmas + 2 > limit)
         return 0;
-    if (vmas < vm->vma_limit / 2)
+    if (vmas < limit / 2)
         return 1;
-    if (vmas < vm->vma_limit / 4 * 3)
+    if (vmas < limit / 4 * 3)
         return 2;
-    return vmas < vm->vma_limit / 8 * 7 ? 4 : 16;
+    return vmas < limit / 8 * 7 ? 4 : 16;
 }
 
 static bool offer(void *context, uint32_t page, uint64_t hash)
