@@ -73,7 +73,7 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
     struct memd_vm *vm = context;
     uint64_t now = run_now_ns();
 
-    if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
+    if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
         now - vm->looked_at_ns > LOOK_NS) {
         vm->looked_at_ns = now;
         vm->freeze_allowed = nothing_forbids_freezing(vm);
