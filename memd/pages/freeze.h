@@ -22,7 +22,8 @@
 
 /* Moves pages [index, index + pages) into the staging area. Returns how many were frozen (from
  * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, or a file was opened for direct
- * I/O meanwhile, -ENOENT not there, -EINVAL not within one VMA. The frozen bytes are at freeze_bytes(ram, 0), ... */
+ * I/O meanwhile, -ENOENT not there, -EINVAL not within one VMA. The frozen bytes are at
+ * freeze_bytes(ram, 0), ... */
 int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 /* The bytes of the i-th frozen page. */
