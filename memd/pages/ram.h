@@ -88,7 +88,8 @@ struct ram_block {
      * handler, so it can't hold `lock` then), and taken before `lock` by whoever unmaps them. */
     struct lock reading;
     bool live;
-    bool resting; /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool resting;    /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool given_back; /* rests for good; here only for what could not be undone */
     uint8_t *base;
     uint8_t *shadow;
     uint32_t pages;

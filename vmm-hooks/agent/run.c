@@ -217,7 +217,7 @@ static void try_to_resume(struct memd_vm *vm)
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
         lock_take(&block->lock);
-        block->resting = registers_since(vm, begun);
+        block->resting = block->given_back || registers_since(vm, begun);
         lock_release(&block->lock);
     }
     expected = AGENT_ACTIVE;
