@@ -21,8 +21,9 @@
 #define FREEZE_MAX_PAGES 64U
 
 /* Moves pages [index, index + pages) into the staging area. Returns how many were frozen (from
- * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, -ENOENT not there, -EINVAL not
- * within one VMA. The frozen bytes are at freeze_bytes(ram, 0), ... */
+ * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, or a file was opened for direct
+ * I/O meanwhile, -ENOENT not there, -EINVAL not within one VMA. The frozen bytes are at
+ * freeze_bytes(ram, 0), ... */
 int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 /* The bytes of the i-th frozen page. */

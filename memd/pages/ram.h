@@ -88,7 +88,8 @@ struct ram_block {
      * handler, so it can't hold `lock` then), and taken before `lock` by whoever unmaps them. */
     struct lock reading;
     bool live;
-    bool resting; /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool resting;    /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool given_back; /* rests for good; here only for what could not be undone */
     uint8_t *base;
     uint8_t *shadow;
     uint32_t pages;
@@ -115,6 +116,9 @@ struct guest_ram {
     int pagemap_fd;
     uint8_t *staging; /* FREEZE_MAX_PAGES pages, registered with guest_fd */
     uint32_t staged;  /* of these, from the first on: used by freezes that are over */
+    /* Set by who opens a file for direct I/O: nothing is frozen until its file system was looked
+     * at. */
+    uint32_t direct_io_changed;
     struct page_source sources[PLACE_COUNT];
     struct lock adding; /* held by who takes a block in */
     uintptr_t lowest;   /* of all live blocks */

@@ -621,6 +621,25 @@ Test(agent_pages, what_a_broken_share_costs_in_mappings)
     assert_sums();
 }
 
+/* What it reads into by plain references is not seen by the kernel's MOVE. */
+Test(agent_pages, a_file_opened_for_direct_io_in_the_middle_ends_the_freeze)
+{
+    uint8_t outcomes[4];
+
+    fill_guest(0, 4, 1000);
+    ram.direct_io_changed = 1;
+    merge(0, 0, 4, outcomes);
+    for (uint32_t i = 0; i < 4; i++) {
+        cr_assert_eq(outcomes[i], NOT_MERGED_BUSY);
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i));
+    }
+    cr_assert_eq(block->counts[PLACE_SHARED], 0);
+    ram.direct_io_changed = 0; /* it was looked at */
+    merge(0, 0, 4, outcomes);
+    cr_assert_eq(block->counts[PLACE_SHARED], 4);
+    assert_sums();
+}
+
 /* A discard there would put memory of ours over what the VMM has mapped since. */
 Test(agent_pages, what_the_vmm_unmaps_is_not_remembered_as_the_store_s)
 {

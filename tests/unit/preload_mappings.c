@@ -7,10 +7,13 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "agent_bytes.h"
@@ -225,6 +228,51 @@ Test(preload, a_move_of_ram_onto_ram)
         cr_assert(bytes_hold(page(100 + i), i + 1));
     work(4, 100);
     work(104, PAGES);
+}
+
+/* ---- RAM that was given back ---- */
+
+/* The VMM registers a page with a userfaultfd of its own, for a moment. */
+static void use_userfaultfd(uint8_t *at)
+{
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    struct uffdio_api api = {.api = UFFD_API};
+    struct uffdio_register request = {.range = {(uintptr_t)at, PAGE_BYTES},
+                                      .mode = UFFDIO_REGISTER_MODE_MISSING};
+
+    cr_assert_eq(ioctl(fd, UFFDIO_API, &api), 0);
+    cr_assert_eq(ioctl(fd, UFFDIO_REGISTER, &request), 0);
+    cr_assert_eq(ioctl(fd, UFFDIO_UNREGISTER, &request.range), 0);
+    close(fd);
+}
+
+/* Where something could not be undone the agent keeps an eye on a block that it has given back.
+ * When it takes up its work again, that block is none of it. */
+Test(preload, locked_ram_is_not_shared_after_the_vmm_used_userfaultfd)
+{
+    uint8_t *more = map_anonymous(BYTES);
+    uint32_t before;
+
+    madvise(more, BYTES, MADV_NOHUGEPAGE);
+    cr_assert_eq(madvise(more, BYTES, MADV_MERGEABLE), 0);
+    for (uint32_t i = 0; i < PAGES; i++)
+        bytes_fill(more + i * PAGE_BYTES, i + 1);
+    let_copies_fail();
+    work(0, PAGES); /* the kernel copies all of it */
+    cr_assert_eq(mlock(page(3), PAGE_BYTES), 0);
+    cr_assert_eq(madvise(page(100), 50 * PAGE_BYTES, MADV_DONTNEED), 0);
+    for (uint32_t i = 100; i < 150; i++)
+        bytes_fill(page(i), i + 1);
+    before = shared();
+    use_userfaultfd(more);
+    for (int tries = 0; tries < 400 && pages_of("memfd:memd-test", more, BYTES) == 0; tries++) {
+        memd_end_merge(&memd, 100, SLOT(1, 100), 50);
+        memd_end_merge(&memd, PAGES, SLOT(1, 0), 50);
+        usleep(50000);
+    }
+    cr_assert_neq(pages_of("memfd:memd-test", more, BYTES), 0, "it shares again");
+    cr_assert_eq(shared(), before);
+    work(0, PAGES);
 }
 
 /* ---- memory backends with files ---- */

@@ -55,11 +55,10 @@ struct memd_vm {
     struct lock words;
     uint32_t state; /* enum agent_state */
     uint32_t stop;
-    uint32_t forked;            /* this is a child of the VMM, without our threads */
-    uint32_t *mark;             /* 1, and 0 in a child; or NULL */
-    uint32_t registers_begun;   /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
-    uint32_t registers_ended;   /* and calls that are over */
-    uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
+    uint32_t forked;          /* this is a child of the VMM, without our threads */
+    uint32_t *mark;           /* 1, and 0 in a child; or NULL */
+    uint32_t registers_begun; /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
+    uint32_t registers_ended; /* and calls that are over */
     char reason[PROTOCOL_TEXT_BYTES];
     uint32_t news; /* state or reason have changed since memd was told */
     uint32_t left_alone_count;

@@ -297,7 +297,7 @@ static bool is_private(const struct ram_block *block)
 /* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
 static void let_go(struct memd_vm *vm, struct ram_block *block)
 {
-    block->resting = true;
+    block->resting = block->given_back = true;
     for (uint32_t c = 0; c < block->chunk_count; c++)
         discard_stand_down(&vm->ram, block, c);
     if (is_private(block))

@@ -633,7 +633,7 @@ static void note_open(int flags)
     struct memd_vm *vm = agent();
 
     if (vm && (flags & O_DIRECT))
-        __atomic_store_n(&vm->direct_io_changed, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&vm->ram.direct_io_changed, 1, __ATOMIC_RELEASE);
 }
 
 static int open_at(int directory, const char *path, int flags, mode_t mode)

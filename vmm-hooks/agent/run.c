@@ -73,7 +73,7 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
     struct memd_vm *vm = context;
     uint64_t now = run_now_ns();
 
-    if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
+    if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
         now - vm->looked_at_ns > LOOK_NS) {
         vm->looked_at_ns = now;
         vm->freeze_allowed = nothing_forbids_freezing(vm);
@@ -94,14 +94,15 @@ static uint64_t vma_bound(const struct memd_vm *vm)
 uint32_t run_shortest_run(const struct memd_vm *vm)
 {
     uint64_t vmas = vma_bound(vm);
+    uint64_t limit = vm->vma_limit;
 
-    if (vmas + 2 > vm->vma_limit)
+    if (vmas + 2 > limit)
         return 0;
-    if (vmas < vm->vma_limit / 2)
+    if (vmas < limit / 2)
         return 1;
-    if (vmas < vm->vma_limit / 4 * 3)
+    if (vmas < limit / 4 * 3)
         return 2;
-    return vmas < vm->vma_limit / 8 * 7 ? 4 : 16;
+    return vmas < limit / 8 * 7 ? 4 : 16;
 }
 
 static bool offer(void *context, uint32_t page, uint64_t hash)
@@ -216,7 +217,7 @@ static void try_to_resume(struct memd_vm *vm)
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
         lock_take(&block->lock);
-        block->resting = registers_since(vm, begun);
+        block->resting = block->given_back || registers_since(vm, begun);
         lock_release(&block->lock);
     }
     expected = AGENT_ACTIVE;
