@@ -32,11 +32,11 @@ static void copy_back(struct guest_ram *ram, uint8_t *to, const uint8_t *from)
     }
 }
 
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages)
 {
     uint8_t *to = ram_address(block, index);
-    uint8_t *from = freeze_bytes(ram, staged);
+    uint8_t *from = freeze_bytes(ram, first);
     size_t left = (size_t)pages * PAGE_BYTES;
 
     while (left > 0) {

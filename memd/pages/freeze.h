@@ -31,10 +31,10 @@ static inline uint8_t *freeze_bytes(const struct guest_ram *ram, uint32_t i)
     return ram->staging + (size_t)(ram->staged + i) * PAGE_BYTES;
 }
 
-/* Gives `pages` frozen pages, from the `staged`-th on, back to the guest at `index`. Can't fail:
- * where MOVE is refused (a fork came between) the bytes are copied, again and again until the
- * kernel has a page for them. */
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+/* Gives `pages` frozen pages, from the `first`-th of the freeze on, back to the guest at `index`.
+ * Can't fail: where MOVE is refused (a fork came between) the bytes are copied, again and again
+ * until the kernel has a page for them. */
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages);
 
 /* Ends a freeze of `pages` pages at `index`: wakes whoever waits. Bytes that were not given back

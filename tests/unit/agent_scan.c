@@ -302,6 +302,16 @@ Test(agent_scan, nobody_is_left_out_while_the_scan_is_in_a_hurry)
     cr_assert_eq(passes_until_offered(3, 2, 2), 2);
 }
 
+Test(agent_scan, only_looks_at_armed_chunks_can_be_fruitless)
+{
+    write_page(3, 1);
+    for (uint32_t i = 0; i < 10; i++)
+        pass();
+    cr_assert_gt(block->chunks[0].fruitless, 5);
+    cr_assert_eq(block->chunks[1].state, CHUNK_EMPTY);
+    cr_assert_eq(block->chunks[1].fruitless, 0);
+}
+
 Test(agent_scan, a_chunk_that_is_all_shared_is_looked_at_again_when_a_share_breaks)
 {
     for (uint32_t i = 0; i < HUGE_PAGES; i++)

@@ -82,9 +82,18 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
            gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
 }
 
+/* So many VMAs there are at most: those that were counted, what merges have added since, and two
+ * for each share that ended (a page broken or discarded in the middle of a run). */
+static uint64_t vma_bound(const struct memd_vm *vm)
+{
+    uint64_t ended = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED) - vm->unmerges_counted;
+
+    return (uint64_t)vm->vmas + vm->merge.vmas_added + 2 * ended;
+}
+
 uint32_t run_shortest_run(const struct memd_vm *vm)
 {
-    uint32_t vmas = vm->vmas + vm->merge.vmas_added;
+    uint64_t vmas = vma_bound(vm);
 
     if (vmas + 2 > vm->vma_limit)
         return 0;
@@ -102,21 +111,45 @@ static bool offer(void *context, uint32_t page, uint64_t hash)
     return vm->rpc.fd >= 0 && rpc_put(&vm->rpc, RING_OFFER, page, hash);
 }
 
+/* Shares that end may go into the VMM's quarter, but only by half: behind that the kernel's silent
+ * copies are the lesser evil. */
+static void allow_splits(struct memd_vm *vm)
+{
+    int64_t allowed = (int64_t)vm->vma_limit + vm->vma_limit / 6 - vm->vmas;
+
+    __atomic_store_n(&vm->ram.vmas_spent, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&vm->ram.vmas_allowed, allowed > 0 ? allowed : 1, __ATOMIC_RELAXED);
+}
+
 static void count_vmas(struct memd_vm *vm)
 {
+    /* Before it is counted: a share that ends meanwhile is in both. */
+    uint64_t unmerges = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED);
     int vmas = procfs_count_vmas();
 
     if (vmas > 0) {
         vm->vmas = (uint32_t)vmas;
         vm->merge.vmas_added = 0;
+        vm->unmerges_counted = unmerges;
+        allow_splits(vm);
     }
 }
 
-/* Counting reads /proc/self/maps, a microsecond a line. What was added is an upper bound, which is
- * enough while it is far from the budget and more is added all the time. */
+bool run_count_again(struct memd_vm *vm)
+{
+    if (vma_bound(vm) <= (uint64_t)vm->vmas + vm->vma_limit / 8)
+        return false;
+    count_vmas(vm);
+    return true;
+}
+
+/* Counting reads /proc/self/maps, a microsecond a line. The upper bound is enough while it is far
+ * from the budget and more is added all the time. */
 static bool is_worth_counting(const struct memd_vm *vm, bool busy)
 {
-    return !busy || vm->vmas + vm->merge.vmas_added > vm->vma_limit / 4;
+    uint64_t bound = vma_bound(vm);
+
+    return bound > vm->vmas && (!busy || bound > vm->vma_limit / 4);
 }
 
 /* ---- setting up ---- */
@@ -244,7 +277,7 @@ static void end_pass(struct memd_vm *vm)
     if (vm->interval_ms > vm->revisit_ms)
         vm->interval_ms = vm->revisit_ms ? vm->revisit_ms : 1;
     vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
-    if (vm->merge.vmas_added > 0 && is_worth_counting(vm, busy))
+    if (is_worth_counting(vm, busy))
         count_vmas(vm);
     session_drop_again(vm);
     session_put(vm, RING_PASS, 0, vm->scanner.passes);

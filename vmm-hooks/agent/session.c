@@ -501,10 +501,19 @@ static void report_outcome(struct memd_vm *vm, struct ram_block *block, uint32_t
     }
 }
 
+/* Is a run of so many pages not worth the VMAs that it takes? */
+static bool is_too_short(struct memd_vm *vm, uint32_t pages)
+{
+    uint32_t shortest = run_shortest_run(vm);
+
+    if ((shortest == 0 || pages < shortest) && run_count_again(vm))
+        shortest = run_shortest_run(vm);
+    return shortest == 0 || pages < shortest;
+}
+
 static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t pages)
 {
     struct ram_block *block = ram_find_page(&vm->ram, page);
-    uint32_t shortest = run_shortest_run(vm);
     uint8_t outcomes[ANSWERS];
     uint32_t index;
 
@@ -515,7 +524,7 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
         return;
     }
     index = page - block->first_page;
-    if (shortest == 0 || pages < shortest) {
+    if (is_too_short(vm, pages)) {
         memset(outcomes, NOT_MERGED_BUDGET, pages);
         agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
     } else if (!run_may_freeze(vm, block, index, pages)) {
@@ -549,7 +558,9 @@ static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
     uint32_t slot = (uint32_t)entry->arg;
     uint8_t outcome = NOT_MERGED_GONE;
 
-    if (block)
+    if (block && is_too_short(vm, UINT32_MAX)) /* not for being short: no VMA is left */
+        outcome = NOT_MERGED_BUDGET;
+    else if (block)
         outcome = merge_remap(&vm->ram, &vm->segments, block, entry->page - block->first_page, slot,
                               &vm->merge);
     session_put(vm, outcome ? RING_NOT_MERGED : RING_MERGED, entry->page,

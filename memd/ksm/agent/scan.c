@@ -357,6 +357,11 @@ static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uin
     return done;
 }
 
+static bool is_readable(const struct ram_block *block)
+{
+    return block->live && !block->resting;
+}
+
 /* One candidate, or a run of zero pages that starts with it; false when the sink is full. */
 static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t first, uint32_t i,
                     uint32_t chunk_pages)
@@ -364,11 +369,12 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
     uint32_t run = 0;
     uint64_t hash = 0;
 
+    /* A resting block may have been unmapped in part. */
     lock_take(&block->reading);
-    while (block->live && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
+    while (is_readable(block) && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
            is_pending(scanner, i + run) && hash_page_is_zero(ram_address(block, first + i + run)))
         run++;
-    if (block->live && run == 0)
+    if (is_readable(block) && run == 0)
         hash = hash_page(&scanner->secret, ram_address(block, first + i));
     lock_release(&block->reading);
     if (run > 0) {
@@ -376,7 +382,7 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
         return true;
     }
     scanner->hashed++;
-    if (block->live &&
+    if (is_readable(block) &&
         !scanner->sink.offer(scanner->sink.self, block->first_page + first + i, hash))
         return false;
     clear_pending(scanner, i, 1);
