@@ -475,6 +475,7 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
     if (!session->scanner && !session->handler)
         session->cpu_ns = stats->cpu_ns;
     say_state(guest, before, (enum agent_state)stats->state, guest->stats.reason);
+    session->ring_ready = true;
     return 0;
 }
 

@@ -318,6 +318,8 @@ void registry_set_engine(struct guest *guest, enum guest_engine engine, const ch
     }
     if (engine != ENGINE_KERNEL && had_kernel)
         kernel_ksm_remove(&daemon->kernel_ksm, now);
+    if (engine == ENGINE_KERNEL)
+        daemon_steer(daemon);
     guest->engine = engine;
 }
 

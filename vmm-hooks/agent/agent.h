@@ -74,6 +74,7 @@ struct memd_vm {
     uint32_t announced; /* blocks told to memd */
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;
+    struct message_stats told; /* what memd was told last */
     uint32_t revisit_ms;
     uint32_t cpu_permille;
     uint32_t interval_ms;
@@ -161,6 +162,8 @@ uint32_t session_turn(struct memd_vm *vm);
 /* Tells memd of new blocks, blocks that left, and shares that ended. */
 void session_report(struct memd_vm *vm);
 void session_send_stats(struct memd_vm *vm);
+/* Sends them if they tell memd anything, or the last ones are some passes old. */
+void session_end_pass(struct memd_vm *vm);
 /* Tries once more to give back the segments that could not be given back when memd asked. */
 void session_drop_again(struct memd_vm *vm);
 /* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */

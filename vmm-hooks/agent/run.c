@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The scanner's thread: set up, then turn after turn: what memd says, a step of the scan, sleep.
+ * The scanner's thread: set up, then turn after turn: what memd says, a slice of the scan, sleep.
  *
  * It starts its passes a second apart while they find much, and slows down to memd's revisit time
- * when they don't. It stays within its share of CPU: every step is paid from a budget that grows
+ * when they don't. It stays within its share of CPU: every slice is paid from a budget that grows
  * with time.
  */
 #include <errno.h>
@@ -19,6 +19,9 @@
 /* A pass in which more than one page in this many became a candidate is followed soon. */
 #define BUSY_FRACTION 512U
 #define BUDGET_CAP_NS 50000000LL
+/* A turn scans for so long before it hears memd again: a quiet step costs less than to ask whether
+ * memd has said anything. */
+#define SLICE_NS 200000ULL
 /* How long one look at the VMM's descriptors and at swap holds (besides: an open by the VMM ends
  * it). */
 #define LOOK_NS 100000000ULL
@@ -145,12 +148,13 @@ bool run_count_again(struct memd_vm *vm)
 }
 
 /* Counting reads /proc/self/maps, a microsecond a line. The upper bound is enough while it is far
- * from the budget and more is added all the time. */
+ * from the budget and more is added all the time, or hardly any. */
 static bool is_worth_counting(const struct memd_vm *vm, bool busy)
 {
     uint64_t bound = vma_bound(vm);
 
-    return bound > vm->vmas && (!busy || bound > vm->vma_limit / 4);
+    return bound > vm->vmas &&
+           ((!busy && bound - vm->vmas > vm->vmas / 16) || bound > vm->vma_limit / 4);
 }
 
 /* ---- setting up ---- */
@@ -281,8 +285,9 @@ static void end_pass(struct memd_vm *vm)
     if (is_worth_counting(vm, busy))
         count_vmas(vm);
     session_drop_again(vm);
-    session_put(vm, RING_PASS, 0, vm->scanner.passes);
-    session_send_stats(vm);
+    if (vm->scanner.pass_candidates > 0)
+        session_put(vm, RING_PASS, 0, vm->scanner.passes);
+    session_end_pass(vm);
 }
 
 static bool may_scan(const struct memd_vm *vm)
@@ -291,7 +296,17 @@ static bool may_scan(const struct memd_vm *vm)
            !vm->detached && __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
 }
 
-/* One step of the scan, if it is time. Returns how long nothing is to be done. */
+static enum scan_result scan_slice(struct scanner *scanner, uint64_t start)
+{
+    enum scan_result result;
+
+    do
+        result = scan_step(scanner);
+    while (result == SCAN_MORE && run_now_ns() - start < SLICE_NS);
+    return result;
+}
+
+/* A slice of the scan, if it is time. Returns how long nothing is to be done. */
 static uint64_t scan_turn(struct memd_vm *vm)
 {
     uint64_t now = run_now_ns();
@@ -320,7 +335,7 @@ static uint64_t scan_turn(struct memd_vm *vm)
         vm->scanner.pass_candidates = 0;
         vm->scanner.pass_written = 0;
     }
-    switch (scan_step(&vm->scanner)) {
+    switch (scan_slice(&vm->scanner, now)) {
     case SCAN_PASS_END: end_pass(vm); return 0;
     case SCAN_FULL: rpc_ring(&vm->rpc); return 2000000;
     case SCAN_MORE: break;
@@ -337,8 +352,10 @@ static void turn(struct memd_vm *vm)
         session_open(vm);
     wait = scan_turn(vm);
     freeze_empty(&vm->ram);
+    /* A pass at rest is short: its end is soon enough for memd to hear of it, at once of all. */
     if (vm->rpc.fd >= 0) {
-        rpc_ring(&vm->rpc);
+        if (wait > 0 || !vm->scanner.lazy)
+            rpc_ring(&vm->rpc);
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;
     }

@@ -22,6 +22,8 @@
 #define MOMENT_NS 200000L
 /* A second for a page buffer. */
 #define BUFFER_TRIES 5000
+/* After so many passes memd is told of what it knows already, but for the time that was used. */
+#define TOLD_PASSES 8U
 /* Merge answers taken together: long enough for whole runs, short enough for one turn. */
 #define ANSWERS 512U
 
@@ -610,8 +612,6 @@ uint32_t session_turn(struct memd_vm *vm)
     }
     if (__atomic_load_n(&vm->news, __ATOMIC_ACQUIRE))
         session_send_stats(vm);
-    if (vm->rpc.fd >= 0)
-        rpc_ring(&vm->rpc);
     return done;
 }
 
@@ -696,10 +696,11 @@ static void fill_places(struct memd_vm *vm, struct message_stats *stats)
     }
 }
 
-void session_send_stats(struct memd_vm *vm)
+static void fill_stats(struct memd_vm *vm, struct message_stats *ret_stats)
 {
-    struct message_stats stats = {
-        .header = {MESSAGE_STATS, sizeof(stats)},
+    *ret_stats = (struct message_stats){
+        .header = {MESSAGE_STATS, sizeof(*ret_stats)},
+        .state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE),
         .passes = vm->scanner.passes,
         .merges = vm->merge.merges,
         .zero_merges = vm->scanner.zero_merges,
@@ -708,28 +709,75 @@ void session_send_stats(struct memd_vm *vm)
         .busy = vm->merge.busy + vm->scanner.busy,
         .hashed = vm->scanner.hashed,
         .discards = vm->ram.discards,
-        .cpu_ns = run_cpu_ns(vm),
         .huge_pages = vm->scanner.huge_chunks,
         .vmas = vm->vmas,
         .vma_budget = vm->vma_limit,
-        .fault_count = vm->handler.count,
-        .fault_p50_us = fault_quantile_us(&vm->handler, 0.50),
-        .fault_p99_us = fault_quantile_us(&vm->handler, 0.99),
-        .fault_p999_us = fault_quantile_us(&vm->handler, 0.999),
-        .fault_max_us = (uint32_t)vm->handler.max_us,
     };
+    fill_places(vm, ret_stats);
+    lock_take(&vm->words);
+    memcpy(ret_stats->reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
+           vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(ret_stats->reason));
+    lock_release(&vm->words);
+}
+
+/* What changes although nothing happens. */
+static void fill_times(struct memd_vm *vm, struct message_stats *stats)
+{
+    stats->cpu_ns = run_cpu_ns(vm);
+    stats->fault_count = vm->handler.count;
+    stats->fault_p50_us = fault_quantile_us(&vm->handler, 0.50);
+    stats->fault_p99_us = fault_quantile_us(&vm->handler, 0.99);
+    stats->fault_p999_us = fault_quantile_us(&vm->handler, 0.999);
+    stats->fault_max_us = (uint32_t)vm->handler.max_us;
+}
+
+static void send_stats(struct memd_vm *vm, struct message_stats *stats)
+{
+    fill_times(vm, stats);
+    if (rpc_send(&vm->rpc, stats, sizeof(*stats), -1) < 0)
+        return;
+    vm->told = *stats;
+    vm->rpc.dirty = false; /* they ring too */
+}
+
+void session_send_stats(struct memd_vm *vm)
+{
+    struct message_stats stats;
 
     if (vm->rpc.fd < 0)
         return;
     __atomic_store_n(&vm->news, 0, __ATOMIC_RELEASE);
-    stats.state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE);
     session_report(vm);
-    fill_places(vm, &stats);
+    fill_stats(vm, &stats);
+    if (vm->rpc.fd >= 0)
+        send_stats(vm, &stats);
+}
+
+/* Do these say what memd knows already? Passes and times don't count. */
+static bool is_told(const struct memd_vm *vm, const struct message_stats *stats)
+{
+    struct message_stats told = vm->told;
+
+    told.passes = stats->passes;
+    told.hashed = stats->hashed;
+    told.cpu_ns = stats->cpu_ns;
+    told.fault_count = stats->fault_count;
+    told.fault_p50_us = stats->fault_p50_us;
+    told.fault_p99_us = stats->fault_p99_us;
+    told.fault_p999_us = stats->fault_p999_us;
+    told.fault_max_us = stats->fault_max_us;
+    return memcmp(&told, stats, sizeof(told)) == 0;
+}
+
+void session_end_pass(struct memd_vm *vm)
+{
+    struct message_stats stats;
+
     if (vm->rpc.fd < 0)
         return;
-    lock_take(&vm->words);
-    memcpy(stats.reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
-           vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(stats.reason));
-    lock_release(&vm->words);
-    rpc_send(&vm->rpc, &stats, sizeof(stats), -1);
+    session_report(vm);
+    fill_stats(vm, &stats);
+    if (vm->rpc.fd >= 0 &&
+        (vm->scanner.passes - vm->told.passes >= TOLD_PASSES || !is_told(vm, &stats)))
+        send_stats(vm, &stats);
 }

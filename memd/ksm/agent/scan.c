@@ -168,13 +168,14 @@ static int list_written(struct chunk_view *view)
 static void scan_armed(struct chunk_view *view)
 {
     struct page_region *regions = view->scanner->regions;
+    uint64_t candidates = view->scanner->pass_candidates;
     uint32_t written = 0;
-    bool fresh = false; /* written now, and not at the last look */
+    uint32_t fresh = 0; /* written now, and not at the last look */
     int count = list_written(view);
 
     for (int r = 0; r < count; r++)
         for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES) {
-            fresh = fresh || !ram_young(view->block, page_at(view, at));
+            fresh += !ram_young(view->block, page_at(view, at));
             ram_set_young(view->block, page_at(view, at), false);
         }
     collect_candidates(view);
@@ -184,7 +185,7 @@ static void scan_armed(struct chunk_view *view)
             written++;
         }
     view->scanner->pass_written += written;
-    survey_count_fruitless(view->chunk, fresh || view->scanner->have_pending);
+    survey_count_look(view->chunk, fresh + (uint32_t)(view->scanner->pass_candidates - candidates));
     review_armed(view, written);
 }
 
