@@ -5,7 +5,48 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "kernel_abi.h"
 #include "uffd.h"
+
+/* How many bytes from `at` on are there. */
+static long bytes_there(const struct guest_ram *ram, const uint8_t *at, size_t bytes)
+{
+    struct page_region region = {0};
+    struct pm_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = (uintptr_t)at,
+        .end = (uintptr_t)at + bytes,
+        .vec = (uintptr_t)&region,
+        .vec_len = 1,
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        .return_mask = PAGE_IS_PRESENT,
+    };
+    int found = sys_ioctl(ram->pagemap_fd, PAGEMAP_SCAN, &scan);
+
+    if (found < 0)
+        return found;
+    return found == 1 && region.start == scan.start ? (long)(region.end - region.start) : 0;
+}
+
+/*
+ * UFFDIO_MOVE to where nothing is. Returns the bytes that were moved, or -errno when none were.
+ *
+ * What the kernel says is not to be relied on unless it says "all". Linux 6.18 moves runs of pages
+ * at once; when one run had to be tried again (a page table entry changed under it, as when its
+ * accessed bit is cleared: reclaim, DAMON, MADV_COLD do that), move_pages() in mm/userfaultfd.c
+ * keeps that run's -EAGAIN, goes on, and does not count what it moves from then on. It was seen to
+ * say 8 pages, and EEXIST, when it had moved 64. So where it says less, it is looked at what came.
+ */
+static long move(const struct guest_ram *ram, uint8_t *to, uint8_t *from, size_t bytes)
+{
+    long moved = uffd_move(ram->guest_fd, to, from, bytes);
+    long there;
+
+    if (moved == (long)bytes)
+        return moved;
+    there = bytes_there(ram, to, bytes);
+    return there > 0 && there > moved ? there : moved;
+}
 
 /* One page by copy: when MOVE is refused. Without memory there is nothing better than to try
  * again: the bytes are safe in the staging area, and the guest waits. */
@@ -27,7 +68,7 @@ void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t inde
     size_t left = (size_t)pages * PAGE_BYTES;
 
     while (left > 0) {
-        long moved = uffd_move(ram->guest_fd, to, from, left);
+        long moved = move(ram, to, from, left);
         if (moved <= 0) {
             copy_back(ram, to, from);
             moved = (long)PAGE_BYTES;
@@ -60,8 +101,7 @@ int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, 
         pages = FREEZE_MAX_PAGES;
     if (ram->staged + pages > FREEZE_MAX_PAGES)
         freeze_empty(ram);
-    moved = uffd_move(ram->guest_fd, freeze_bytes(ram, 0), ram_address(block, index),
-                      pages * PAGE_BYTES);
+    moved = move(ram, freeze_bytes(ram, 0), ram_address(block, index), pages * PAGE_BYTES);
     if (moved < 0)
         return (int)moved;
     frozen = (uint32_t)(moved / (long)PAGE_BYTES);

@@ -460,6 +460,7 @@ static pid_t start_outside(void)
 int main(int argc, char **argv)
 {
     pthread_t threads[6];
+    pthread_t ager;
     uint32_t count = 0;
     uint32_t random = 1;
     int status = 0;
@@ -479,6 +480,7 @@ int main(int argc, char **argv)
     pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_A);
     pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_B);
     pthread_create(&threads[count++], NULL, discard, NULL);
+    pthread_create(&ager, NULL, age_pages, NULL);
     pthread_create(&threads[count++], NULL, fork_again_and_again, NULL);
     if (fd >= 0) {
         pthread_create(&threads[count++], NULL, read_directly, (void *)(intptr_t)fd);

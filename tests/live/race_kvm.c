@@ -283,6 +283,7 @@ int main(int argc, char **argv)
     int serial_fd = memfd_create("race-serial", MFD_CLOEXEC);
     const char *line = "";
     pthread_t kicker;
+    pthread_t ager;
     uint32_t random = 1;
     bool wrong = false;
     int status;
@@ -292,6 +293,7 @@ int main(int argc, char **argv)
     if (set_up(serial_fd) < 0)
         return EXIT_NO_SET_UP;
     pthread_create(&kicker, NULL, kick_all_the_time, NULL);
+    pthread_create(&ager, NULL, age_pages, NULL);
     for (uint64_t turn = 1; stats.merges < wanted.merges && !wrong && !has_ended(); turn++) {
         merge_some(&random);
         if (turn % LOOK_EVERY)

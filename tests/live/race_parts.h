@@ -7,8 +7,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "fault.h"
+#include "freeze.h"
 #include "merge.h"
 #include "remap.h"
 
@@ -24,6 +27,22 @@ static inline uint32_t next_random(uint32_t *state)
     *state ^= *state >> 17;
     *state ^= *state << 5;
     return *state;
+}
+
+/* As reclaim and DAMON do: page table entries lose their accessed bits while the pages are moved.
+ * For ever; a thread of its own. */
+static void *age_pages(void *unused)
+{
+    uint32_t random = 815;
+
+    for (;;) {
+        for (uint32_t i = next_random(&random) % 64; i > 0; i--) {
+            madvise(ram_address(block, 0), (size_t)block->pages * PAGE_BYTES, MADV_COLD);
+            madvise(ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES, MADV_COLD);
+        }
+        usleep(next_random(&random) % 20000);
+    }
+    return unused;
 }
 
 /* What must never be done: compare in place, then map. */
