@@ -22,6 +22,7 @@
 #include "fault.h"
 #include "gate.h"
 #include "merge.h"
+#include "restore.h"
 #include "rpc.h"
 #include "scan.h"
 #include "segments.h"
@@ -43,6 +44,7 @@ struct memd_vm {
     struct merge_stats merge;
     struct gate gate;
     struct rpc rpc;
+    struct restore restore; /* a saved guest that comes from a file */
 
     char socket[108];
     char token[PROTOCOL_TOKEN_BYTES];
