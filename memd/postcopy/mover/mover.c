@@ -18,7 +18,7 @@
 #define LINGER_NS    (1 * NS_PER_S)
 #define WAIT_MOST_MS 50 /* heartbeats are due each 100 ms */
 
-static uint64_t clock_now(void)
+uint64_t mover_clock(void)
 {
     struct timespec now;
 
@@ -240,7 +240,7 @@ static int wait_for_news(struct mover *mover)
     nfds_t count = fill_polls(mover, polls);
     int result = poll(polls, count, WAIT_MOST_MS);
 
-    mover->now_ns = clock_now();
+    mover->now_ns = mover_clock();
     return result < 0 && errno != EINTR ? -errno : 0;
 }
 
@@ -248,7 +248,6 @@ int mover_run(struct mover *mover)
 {
     int result = 0;
 
-    mover->now_ns = mover->began_ns = clock_now();
     while (!result && !is_done(mover)) {
         turn(mover);
         result = wait_for_news(mover);

@@ -85,6 +85,8 @@ struct mover {
     uint64_t past_bytes; /* of connections that have ended, both directions */
 };
 
+/* CLOCK_MONOTONIC; in turns it is read once, as now_ns. */
+uint64_t mover_clock(void);
 /* Turns until memd has noted how it ended. 0, or -errno when polling fails. */
 int mover_run(struct mover *mover);
 
