@@ -18,7 +18,8 @@ LLVM = "14"  # Debian 12's; other versions format some things differently and ha
 AGENT = ["memd/pages", "memd/*/agent", "vmm-hooks/agent", "vmm-hooks/gate"]
 MAY_INCLUDE = [
     (["memd/common"], ["memd/common"]),
-    (AGENT, AGENT + ["memd/common", "vmm-hooks/include/memd"]),
+    (["memd/postcopy/common"], ["memd/postcopy/common", "memd/common"]),
+    (AGENT, AGENT + ["memd/common", "memd/postcopy/common", "vmm-hooks/include/memd"]),
     (["vmm-hooks/include/memd"], ["vmm-hooks/include/memd"]),
     (["vmm-hooks/kvm"], ["vmm-hooks/kvm", "guest-drivers/bare", "vmm-hooks/include/memd"]),
     (["guest-drivers/bare"], ["guest-drivers/bare", "vmm-hooks/kvm"]),

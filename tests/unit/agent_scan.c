@@ -216,7 +216,7 @@ Test(agent_scan, untouched_memory_stays_untouched)
     pass();
     pass();
     cr_assert_eq(block->counts[PLACE_ABSENT], PAGES);
-    cr_assert_eq(handler.count, 0);
+    cr_assert_eq(handler.times.count, 0);
 }
 
 Test(agent_scan, a_chunk_that_was_given_up_can_be_huge_again)

@@ -347,6 +347,7 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     struct ram_block *block;
     struct agent_leaving leaving;
     int r = check_handle(vm);
+    bool remote;
     bool gone;
 
     if (r < 0)
@@ -355,8 +356,11 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
     agent_leave_begin(vm, addr, bytes, false, &leaving);
+    remote = block->live && block->counts[PLACE_REMOTE] > 0;
     gone = !block->live || block->counts[PLACE_SHARED] == 0;
     agent_leave_end(vm, &leaving);
+    if (remote)
+        return -EBUSY;
     return gone ? 0 : -ENOMEM;
 }
 

@@ -701,11 +701,11 @@ void session_send_stats(struct memd_vm *vm)
         .huge_pages = vm->scanner.huge_chunks,
         .vmas = vm->vmas,
         .vma_budget = vm->vma_limit,
-        .fault_count = vm->handler.count,
-        .fault_p50_us = fault_quantile_us(&vm->handler, 0.50),
-        .fault_p99_us = fault_quantile_us(&vm->handler, 0.99),
-        .fault_p999_us = fault_quantile_us(&vm->handler, 0.999),
-        .fault_max_us = (uint32_t)vm->handler.max_us,
+        .fault_count = vm->handler.times.count,
+        .fault_p50_us = fault_quantile_us(&vm->handler.times, 0.50),
+        .fault_p99_us = fault_quantile_us(&vm->handler.times, 0.99),
+        .fault_p999_us = fault_quantile_us(&vm->handler.times, 0.999),
+        .fault_max_us = (uint32_t)vm->handler.times.max_us,
     };
 
     if (vm->rpc.fd < 0)

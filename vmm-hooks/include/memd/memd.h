@@ -155,8 +155,9 @@ MEMD_API int memd_attach(const struct memd_options *options, struct memd_vm **re
 MEMD_API int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags);
 
 /* Ends the management of RAM: every page in it is private again. Whole blocks, as they were
- * registered; -ENOENT when there is no such block, -ENOMEM when pages can't be made private (the
- * block then stays registered). */
+ * registered; -ENOENT when there is no such block, -ENOMEM when pages can't be made private,
+ * -EBUSY when some of them are still at the source of a migration (the block then stays
+ * registered). */
 MEMD_API int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes);
 
 /* The guest gave these pages up (balloon, free page reporting): they become empty and read as
