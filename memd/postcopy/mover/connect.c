@@ -84,6 +84,21 @@ void connect_drop(struct mover *mover)
     mover->connecting = false;
 }
 
+/* ---- who it is ---- */
+
+/* A mover that takes over has not seen the certificate that the session began with: the number of
+ * the session, which only the two hosts know, has to do until one comes that bears it. */
+static bool same_host(const struct mover *mover, const struct link *link)
+{
+    return !mover->has_print || memcmp(mover->print, link->print, LINK_PRINT_BYTES) == 0;
+}
+
+static void remember_host(struct mover *mover, const struct link *link)
+{
+    memcpy(mover->print, link->print, sizeof(mover->print));
+    mover->has_print = true;
+}
+
 /* ---- source: making them ---- */
 
 static struct peer_greeting greeting_for(const struct mover *mover, enum peer_channel channel)
@@ -165,11 +180,6 @@ void connect_data(struct mover *mover)
 
 /* ---- destination: taking them ---- */
 
-static bool same_host(const struct mover *mover, const struct link *link)
-{
-    return memcmp(mover->print, link->print, LINK_PRINT_BYTES) == 0;
-}
-
 static uint32_t judge(const struct mover *mover, const struct link *link)
 {
     const struct peer_greeting *greeting = &link->theirs;
@@ -198,6 +208,7 @@ static void take_control(struct mover *mover, struct link *link)
         mover_cut(mover, -ECONNRESET, "the source has come back by another connection");
     mover->epoch = fresh.theirs.epoch;
     mover->control = fresh;
+    remember_host(mover, &fresh);
     mover->reconnects++;
     mover_event(mover, &(struct session_event){.type = EVENT_LINKED});
 }
@@ -238,7 +249,7 @@ static void welcome_first(struct mover *mover)
         return;
     }
     memcpy(mover->session_id, link->theirs.session, sizeof(mover->session_id));
-    memcpy(mover->print, link->print, sizeof(mover->print));
+    remember_host(mover, link);
     mover->epoch = link->theirs.epoch;
     mover_event(mover, &(struct session_event){.type = EVENT_LINKED});
 }
@@ -300,12 +311,11 @@ static void fail(struct mover *mover, const struct link *link, int error)
 
 static void control_is_up(struct mover *mover)
 {
-    if (mover->session.state == SOURCE_CONNECTING)
-        memcpy(mover->print, mover->control.print, sizeof(mover->print));
-    else if (!same_host(mover, &mover->control)) {
+    if (!same_host(mover, &mover->control)) {
         mover_cut(mover, -EKEYREJECTED, "the other host shows another certificate than before");
         return;
     }
+    remember_host(mover, &mover->control);
     if (mover->data_port)
         mover->reconnects++;
     mover_event(mover, &(struct session_event){.type = EVENT_LINKED});

@@ -68,7 +68,8 @@ struct mover {
     uint32_t epoch;
     uint8_t session_id[PEER_SESSION_BYTES];
     uint8_t print[LINK_PRINT_BYTES]; /* of the certificate that the session began with */
-    struct peer_hello peer;          /* destination: what the source said */
+    bool has_print;
+    struct peer_hello peer; /* destination: what the source said */
     struct peer_figures peer_figures;
     uint32_t data_port;
     bool connecting;       /* source: control is to be made */
