@@ -39,7 +39,16 @@
 #define VMM_NAME_CHARS 31
 #define SHARES_MAX     1000000
 
-enum { RUN_NAME, RUN_MAX, RUN_MIN, RUN_SHARES, RUN_DOMAIN, RUN_DRY_RUN, RUN_NO_MIGRATE };
+enum {
+    RUN_NAME,
+    RUN_MAX,
+    RUN_MIN,
+    RUN_SHARES,
+    RUN_DOMAIN,
+    RUN_DRY_RUN,
+    RUN_INCOMING,
+    RUN_NO_MIGRATE
+};
 
 const struct ctl_option ctl_run_options[] = {
     [RUN_NAME] = {.name = "name", .value = "NAME", .help = "the guest's name (needed)"},
@@ -50,6 +59,7 @@ const struct ctl_option ctl_run_options[] = {
                     .value = "DOMAIN",
                     .help = "share with guests of this domain"},
     [RUN_DRY_RUN] = {.name = "dry-run", .help = "print the command, and start nothing"},
+    [RUN_INCOMING] = {.name = "incoming", .help = "wait for a guest from another host"},
     [RUN_NO_MIGRATE] = {.name = "no-migrate", .help = "leave the guest's RAM where QEMU puts it"},
     {0},
 };
@@ -147,6 +157,24 @@ static enum ctl_status find_vmm(struct run *run)
 
 /* ---- 2. QEMU ---- */
 
+/* A guest that is to come here finds its memory in the agent, or nowhere. */
+static enum ctl_status check_incoming(const struct run *run)
+{
+    if (!run->arguments->value[RUN_INCOMING])
+        return CTL_DONE;
+    if (!run->agent || run->arguments->value[RUN_NO_MIGRATE] || (run->qemu && !run->put_ram)) {
+        ctl_say("run: no guest can come here: %s", !run->agent ? run->reason
+                                                   : run->arguments->value[RUN_NO_MIGRATE]
+                                                       ? "--no-migrate"
+                                                       : "memd can't bring its RAM");
+        return run->agent && run->arguments->value[RUN_NO_MIGRATE] ? CTL_USAGE : CTL_FAILED;
+    }
+    if (!run->line.incoming)
+        return CTL_DONE;
+    ctl_say("run: --incoming adds QEMU's -incoming by itself");
+    return CTL_USAGE;
+}
+
 static bool on_tmpfs(const char *directory)
 {
     struct statfs status;
@@ -239,7 +267,7 @@ static enum ctl_status read_vmm(struct run *run)
         ctl_say("run: --min is more than --max");
         return CTL_USAGE;
     }
-    return CTL_DONE;
+    return check_incoming(run);
 }
 
 /* ---- 3. registration ---- */
@@ -334,6 +362,7 @@ static enum ctl_status prepare(struct run *run, bool agent, const char *socket, 
     struct qemu_extras extras = {
         .qmp_path = run->qmp_path[0] ? run->qmp_path : NULL,
         .ram_directory = agent && run->put_ram ? RAM_DIRECTORY : NULL,
+        .incoming = run->arguments->value[RUN_INCOMING],
     };
 
     if (qemu_cmdline_extend(&run->line, &extras, run->vmm_argv, &run->argv) < 0 ||
@@ -376,10 +405,15 @@ static enum ctl_status register_and_start(struct run *run)
 
     if (status != CTL_DONE)
         return status;
-    if (run->agent && !agent)
+    if (run->agent && !agent && run->arguments->value[RUN_INCOMING]) {
+        ctl_say("run: no guest can come here: memd uses no agents on this host");
+        status = CTL_FAILED;
+    } else if (run->agent && !agent) {
         ctl_say("memd uses no agents on this host: the guest is started without one");
-    status =
-        prepare(run, agent, ctl_json_text(answer, "agent_socket"), ctl_json_text(answer, "token"));
+    }
+    if (status == CTL_DONE)
+        status = prepare(run, agent, ctl_json_text(answer, "agent_socket"),
+                         ctl_json_text(answer, "token"));
     if (status == CTL_DONE && strcmp(engine, "kernel") == 0)
         offer_to_kernel(run);
     json_decref(answer);

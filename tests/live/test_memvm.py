@@ -121,6 +121,56 @@ def saved_memvm_guest_runs_on_and_verifies():
         stop_all(lab)
 
 
+def run_memvm(*words, seconds=60, **options):
+    return subprocess.run([machine.program("memvm"), *words], text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds, **options)
+
+
+@live_test([MEMVM])
+def memvm_guest_goes_through_its_hooks():
+    """Paused, saved and loaded as memd does it; pauses that can't be are refused, and don't hang."""
+    done = subprocess.run([machine.program("move_kvm"), machine.program("bare-guest")], text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode == 77:
+        raise Skip(done.stdout.strip())
+    if done.returncode != 0:
+        raise Failure(f"ended with {done.returncode}: {done.stdout.strip()[-600:]}")
+
+
+def all_absent(places):
+    return places["absent"] == sum(places.values()) == (16 << 20) // 4096
+
+
+@live_test([AGENT, MEMVM])
+def memvm_that_waits_for_a_machine_does_not_run():
+    """Its agent is there, its RAM is known and empty; it saves nothing, and ends when it is told to."""
+    with Lab() as lab:
+        lab.start_memd()
+        place = os.path.join(lab.directory, "machine")
+        for name, options, status in (("plain", [], 0), ("saving", ["--save", place], 1)):
+            guest = lab.start_memvm(name, cpus=2, incoming=True, memvm_options=options)
+            lab.wait_connected(name)
+            wait_for("RAM that nothing has touched", lambda: all_absent(lab.guest_status(name)["places"]), 30)
+            wait_for("the vCPUs' threads", lambda: len(guest.vcpu_threads()) == 2, 30)
+            if guest.console.lines():
+                raise Failure(f"{name}: the guest says {guest.console.lines()[:3]}")
+            guest.process.terminate()
+            if guest.process.wait(60) != status or os.path.exists(place):
+                raise Failure(f"{name}: ended with {guest.process.returncode}: {guest.stderr()[-400:]!r}")
+
+
+@live_test([MEMVM])
+def memvm_machine_has_one_origin():
+    image = machine.program("bare-guest")
+    for words in ((), ("--incoming", image), ("--incoming", "--load", "/nowhere"), ("--load", "/nowhere", image)):
+        done = run_memvm(*words)
+        if done.returncode != 2 or "Try memvm --help" not in done.stderr:
+            raise Failure(f"{words}: ended with {done.returncode}: {done.stderr!r}")
+    done = run_memvm("--incoming")
+    if done.returncode != 1 or "without memd nothing can come" not in done.stderr:
+        raise Failure(f"--incoming without memd: ended with {done.returncode}: {done.stderr!r}")
+
+
 @live_test([MEMVM])
 def memvm_runs_on_when_memd_is_not_to_be_had():
     environment = {**os.environ, "MEMD_AGENT_SOCKET": "/nowhere", "MEMD_TOKEN": "no token"}

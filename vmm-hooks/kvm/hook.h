@@ -3,9 +3,12 @@
 #ifndef MEMVM_HOOK_H
 #define MEMVM_HOOK_H
 
-#include <stddef.h>
+#include <memd/memd.h>
 
 struct machine;
+
+/* What memd may ask of this VMM; each is given the struct machine. */
+extern const struct memd_ops hook_ops;
 
 /* Attaches to memd where the environment says so, and registers guest RAM, which must be empty
  * yet. Never fails: without memd the guest runs as it would have, and standard error says why. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A small QMP client: one connection, one command at a time, events skipped.
+ * A small QMP client: one connection, one command at a time. Events that come meanwhile are kept
+ * for who asks for them, the latest QMP_EVENTS_MAX.
  *
  * QEMU is a stranger: a line that is longer than QMP_LINE_BYTES or no JSON ends the connection.
  * Nothing here logs. Not for several threads at once.
@@ -13,6 +14,7 @@
 #include "units.h"
 
 #define QMP_LINE_BYTES (1U << 20)
+#define QMP_EVENTS_MAX 32U
 
 struct qmp;
 
@@ -28,6 +30,17 @@ int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp);
  * and can only be closed. */
 int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int timeout_ms,
                 json_t **ret_result);
+
+/* The same, and QEMU gets a copy of the descriptor with it (for getfd). */
+int qmp_execute_with_fd(struct qmp *qmp, const char *command, json_t *arguments, int fd,
+                        int timeout_ms, json_t **ret_result);
+
+/* The next event of this name, one that came earlier if there is; those before it are dropped.
+ * *ret_data is its "data" member (null where it has none), to be given up with json_decref().
+ * -ETIMEDOUT: none came, the connection lives on. After any other error it is dead. */
+int qmp_wait_event(struct qmp *qmp, const char *name, int timeout_ms, json_t **ret_data);
+/* Drops the events that have come so far. */
+void qmp_forget_events(struct qmp *qmp);
 
 /* The description of QEMU's latest error answer, "" when there was none; valid until the next
  * call. */

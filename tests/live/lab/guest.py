@@ -235,11 +235,15 @@ def qemu_command(kernel, initramfs, accel, name, directory, memory, append, devi
             "-serial", "chardev:console", *devices]
 
 
-def memvm_command(name, directory, memory, cpus, regions, save=None, load=None):
-    """memvm with its serial port in a log; a new machine with the bare guest, or a saved one."""
+def memvm_command(name, directory, memory, cpus, regions, save=None, load=None, incoming=False, options=()):
+    """memvm with its serial port in a log; a new machine with the bare guest, a saved one, or one that
+    waits for a guest to come."""
     log = os.path.join(directory, f"{name}.log")
-    command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else [])]
+    command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else []), *options]
     if load:
         return [*command, "--load", load]
-    return [*command, "--memory", memory, "--cpus", str(cpus), machine.program("bare-guest"),
+    command += ["--memory", memory, "--cpus", str(cpus)]
+    if incoming:
+        return [*command, "--incoming"]
+    return [*command, machine.program("bare-guest"),
             *(f"{key}={value}" for key, value in regions.items())]

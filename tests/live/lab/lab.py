@@ -218,12 +218,13 @@ class Lab:
         return guest
 
     def start_memvm(self, name, memory="16M", cpus=1, domain=None, plain=False, run_options=(), save=None,
-                    load=None, seed=None, **regions):
+                    load=None, incoming=False, memvm_options=(), seed=None, **regions):
         """Boots the bare guest in memvm under `memctl run` (or, when plain, without memd at all); load: goes
-        on with a machine that was saved. regions: sizes of what its memory holds (common="4M"), and its
+        on with a machine that was saved; incoming: waits for one. regions: sizes of what its memory holds (common="4M"), and its
         options (duty=20). Returns at once."""
         regions["seed"] = seed if seed is not None else len(self.guests) + 1
-        command = memvm_command(name, self.directory, memory, cpus, regions, save, load)
+        command = memvm_command(name, self.directory, memory, cpus, regions, save, load, incoming,
+                                list(memvm_options))
         if not plain:
             options = ["--name", name, "--max", memory, *(["--domain", domain] if domain else []), *run_options]
             command = [machine.program("memctl"), "--socket", self.socket, "run", *options, "--", *command]
