@@ -9,7 +9,7 @@ import tempfile
 
 from . import api, machine
 from .errors import Failure, Skip, wait_for
-from .guest import Guest, MemvmGuest, memory_options, memvm_command, qemu_command
+from .guest import ArrivedProcess, Guest, MemvmGuest, memory_options, memvm_command, qemu_command
 
 __all__ = ["Lab", "Failure", "Skip", "wait_for"]
 
@@ -231,6 +231,34 @@ class Lab:
         process = self.spawn(command, f"{name}.stderr", stdin=subprocess.PIPE)
         guest = MemvmGuest(name, process, self.directory, os.path.join(self.directory, f"{name}.stderr"))
         self.guests[name] = guest
+        return guest
+
+    # ---- guests that arrive from another lab ----
+
+    def awaits_memvm(self, name, memory="16M", cpus=1, uid=0):
+        """The section of memd.conf by which a guest of that name may come here into memvm."""
+        os.mkfifo(os.path.join(self.directory, f"{name}.input"))
+        command = (f"exec {machine.program('memvm')} --incoming --memory {memory} --cpus {cpus} "
+                   f"--serial {self.directory}/{name}.log <> {self.directory}/{name}.input "
+                   f"2>> {self.directory}/{name}.stderr")
+        return {f"guest {name}": {"max": memory, "incoming_user": uid,
+                                  "incoming": f"/bin/sh {self._script(name, command)}"}}
+
+    def _script(self, name, command):
+        path = os.path.join(self.directory, f"{name}.sh")
+        with open(path, "w") as file:
+            file.write(command + "\n")
+        os.chmod(path, 0o755)
+        return path
+
+    def arrived_memvm(self, name):
+        """The guest that is here now. Its console begins with its arrival."""
+        pid = self.guest_status(name)["pid"]
+        pipe = open(os.path.join(self.directory, f"{name}.input"), "r+b", buffering=0)  # pylint: disable=consider-using-with
+        guest = MemvmGuest(name, ArrivedProcess(pid, pipe), self.directory,
+                           os.path.join(self.directory, f"{name}.stderr"))
+        self.guests[name] = guest
+        self._processes.append(guest.process)
         return guest
 
     def _directory_of(self, uid):
