@@ -131,7 +131,6 @@ static void *read_some(void *context)
 Test(agent_move, what_touches_memory_before_the_map_waits_and_gets_its_bytes)
 {
     pthread_t readers[3];
-    uint64_t pending;
     void *wrong;
 
     move_open(&pair, NULL);
@@ -141,7 +140,7 @@ Test(agent_move, what_touches_memory_before_the_map_waits_and_gets_its_bytes)
     while (__atomic_load_n(&pair.incoming.counts.demand, __ATOMIC_ACQUIRE) < 3)
         usleep(100);
     move_link(&pair);
-    cr_assert_eq(outgoing_stop(&pair.outgoing, &pending), 0);
+    move_stop(&pair);
     for (int i = 0; i < 3; i++) {
         pthread_join(readers[i], &wrong);
         cr_assert_null(wrong);
@@ -499,7 +498,7 @@ static uint64_t precopy(uint32_t passes)
     __atomic_store_n(&writing, false, __ATOMIC_RELEASE);
     pthread_join(writer, NULL);
     discard_at_source(100, 5);
-    cr_assert_eq(outgoing_stop(&pair.outgoing, &pending), 0);
+    pending = move_stop(&pair);
     move_wait_proven(&pair);
     assert_like_source();
     return pending;

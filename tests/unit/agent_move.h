@@ -54,6 +54,8 @@ bool move_is_zero(const uint8_t *at);
 /* Does the destination's page hold what the source's had? */
 bool move_is_right(const struct move_pair *pair, uint32_t page);
 
+/* Pages that the map calls remote. */
+uint64_t move_stop(struct move_pair *pair);
 /* expect, link, stop. */
 void move_begin(struct move_pair *pair);
 /* Waits until *word is not 0. */

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <criterion/criterion.h>
+#include <errno.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -147,11 +148,21 @@ bool move_is_right(const struct move_pair *pair, uint32_t page)
 
 void move_begin(struct move_pair *pair)
 {
-    uint64_t pending;
-
     cr_assert_eq(incoming_expect(&pair->incoming), 0);
     move_link(pair);
-    cr_assert_eq(outgoing_stop(&pair->outgoing, &pending), 0);
+    move_stop(pair);
+}
+
+uint64_t move_stop(struct move_pair *pair)
+{
+    uint64_t pending = 0;
+    int r;
+
+    outgoing_stop(&pair->outgoing);
+    while ((r = outgoing_stopped(&pair->outgoing, &pending)) == -EINPROGRESS)
+        usleep(200);
+    cr_assert_eq(r, 0);
+    return pending;
 }
 
 void move_wait(const uint32_t *word)

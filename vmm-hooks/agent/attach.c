@@ -544,10 +544,11 @@ int memd_detach(struct memd_vm *vm)
 
     if (r < 0)
         return r;
-    if (pthread_equal(vm->thread, pthread_self()))
+    if (pthread_equal(vm->thread, pthread_self()) || migration_is_caller(vm))
         return -EDEADLK;
     if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
         return -ENOMEM;
+    migration_close(vm);
     __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);
     sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
     pthread_join(vm->thread, NULL);

@@ -223,7 +223,7 @@ static void fill_hello(struct memd_vm *vm, struct message_hello *hello)
         .header = {MESSAGE_HELLO, sizeof(*hello)},
         .magic = PROTOCOL_MAGIC,
         .version = PROTOCOL_VERSION,
-        .features = can_share ? FEATURE_SHARE : 0,
+        .features = can_share ? FEATURE_SHARE | FEATURE_MOVE : 0,
         .scanner_tid = vm->scanner_tid,
         .handler_tid = vm->handler.tid,
         .page_bytes = PAGE_BYTES,
@@ -419,6 +419,11 @@ static void take_message(struct memd_vm *vm, union rpc_message *message, int fd)
             detach(vm, &message->words);
         }
         break;
+    case MESSAGE_MOVER:
+        used = big_enough(message, sizeof(message->mover)) && fd >= 0 && vm->ram_open;
+        if (used)
+            migration_take_mover(vm, message->mover.role, fd);
+        break;
     default: break; /* DOORBELL; and what a newer memd may say */
     }
     if (!used && fd >= 0)
@@ -518,7 +523,7 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
     if (shortest == 0 || pages < shortest) {
         memset(outcomes, NOT_MERGED_BUDGET, pages);
         agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
-    } else if (!run_may_freeze(vm, block, index, pages)) {
+    } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
         merge_pages(&vm->ram, &vm->segments, block, index, slot, pages, outcomes, &vm->merge);

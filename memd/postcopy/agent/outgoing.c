@@ -2,7 +2,6 @@
 #include "outgoing.h"
 
 #include <errno.h>
-#include <linux/futex.h>
 #include <poll.h>
 #include <signal.h>
 #include <string.h>
@@ -508,6 +507,7 @@ static void *run_urgent(void *context)
     struct outgoing *outgoing = context;
     struct stream *stream = &outgoing->urgent;
 
+    __atomic_store_n(&outgoing->urgent_tid, (uint32_t)sys_call0(SYS_gettid), __ATOMIC_RELEASE);
     while (!__atomic_load_n(&outgoing->stop, __ATOMIC_ACQUIRE)) {
         const char *reason = NULL;
         long got = 0;
@@ -801,7 +801,7 @@ static int make_map(struct outgoing *outgoing)
 static void answer_stop(struct outgoing *outgoing, int result)
 {
     __atomic_store_n(&outgoing->map_result, result, __ATOMIC_RELEASE);
-    sys_call3(SYS_futex, &outgoing->map_result, FUTEX_WAKE_PRIVATE, 1);
+    news(outgoing);
 }
 
 /* ---- bulk: the thread ---- */
@@ -875,14 +875,16 @@ void outgoing_precopy(struct outgoing *outgoing)
     set_task(outgoing, OUTGOING_PASS);
 }
 
-int outgoing_stop(struct outgoing *outgoing, uint64_t *ret_pending)
+void outgoing_stop(struct outgoing *outgoing)
 {
-    int32_t result;
-
-    __atomic_store_n(&outgoing->map_result, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&outgoing->map_result, -EINPROGRESS, __ATOMIC_RELEASE);
     set_task(outgoing, OUTGOING_MAP);
-    while ((result = __atomic_load_n(&outgoing->map_result, __ATOMIC_ACQUIRE)) == 1)
-        sys_call4(SYS_futex, &outgoing->map_result, FUTEX_WAIT_PRIVATE, 1, NULL);
+}
+
+int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending)
+{
+    int result = __atomic_load_n(&outgoing->map_result, __ATOMIC_ACQUIRE);
+
     if (result == 0)
         *ret_pending = (uint64_t)outgoing->map_pending;
     return result;

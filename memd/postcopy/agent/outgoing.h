@@ -82,6 +82,7 @@ struct outgoing {
     uint32_t switches;  /* MOVER_NO_... */
     uint64_t bandwidth; /* any thread sets it */
     pthread_t urgent_thread, bulk_thread;
+    uint32_t urgent_tid; /* 0 until the thread runs */
     struct stream urgent, bulk;
 
     uint64_t *sent;    /* bitmap, see passes.h */
@@ -92,7 +93,7 @@ struct outgoing {
     uint32_t task;       /* enum outgoing_task: set by any thread, MAP to PUSH by bulk */
     uint32_t push_epoch; /* bulk may push on connections of this epoch; 0: on none */
     uint32_t pushing;    /* bulk is in the middle of it */
-    int32_t map_result;  /* futex: 1 while the map is being made, else 0 or -errno */
+    int32_t map_result;  /* -EINPROGRESS while the map is being made, else 0 or -errno */
     int64_t map_pending;
 
     /* Any thread may read these. */
@@ -142,10 +143,12 @@ void outgoing_tune(struct outgoing *outgoing, const struct mover_tuning *tuning)
 /* Begins to send pass after pass. Nobody may scan or merge from now on. */
 void outgoing_precopy(struct outgoing *outgoing);
 
-/* The guest has stopped: writes the final map and returns when that is done; the push begins by
- * itself. 0 and how many pages are to be pushed, or -errno (the connection broke: what the
- * destination knows is not known). */
-int outgoing_stop(struct outgoing *outgoing, uint64_t *ret_pending);
+/* The guest has stopped: begins to write the final map; the push follows by itself. It does not
+ * wait: news is rung when it is done. */
+void outgoing_stop(struct outgoing *outgoing);
+/* 0 and how many pages are to be pushed; -EINPROGRESS: not done yet; -errno: the connection broke,
+ * and what the destination knows is not known. */
+int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending);
 
 /* Pages that are to be sent. */
 uint64_t outgoing_pending(const struct outgoing *outgoing);

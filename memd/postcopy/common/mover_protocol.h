@@ -23,6 +23,8 @@
  * its own accord (PROGRESS, MAPPED, PROVEN, CUT) may come in between. A request that does not fit
  * the role or the phase is answered by -EPERM and changes nothing. Requests that call the VMM
  * (STOP, SAVE, LOAD, RUN, HOLD, GO) take as long as the VMM does; nothing else is served meanwhile.
+ * STOP is the one that may be overtaken: while the map is being written UNLINK and ABORT are
+ * served, and end it.
  *
  * The usual order.  Source: SESSION, LINK x 2, [PRECOPY], STOP, SAVE, COMMIT. Destination: SESSION,
  * LINK x 2, EXPECT, (MAPPED), LOAD, RUN. LINK before EXPECT is fine: the destination reads nothing
@@ -93,6 +95,9 @@ enum mover_type {
     MOVER_HOLD = 27,          /* destination: struct mover_plain */
     MOVER_GO = 28,            /* destination: struct mover_plain */
     MOVER_TUNE = 29,          /* source: struct mover_tune_message, at any time after SESSION */
+    MOVER_FORGET = 30, /* destination, when nothing is remote: struct mover_plain. It is over,
+                          whether PROVEN was heard or not. (A mover that goes after PROVEN
+                          need not say it.) */
 };
 
 /* In front of every message; `bytes` is the size of the whole message. */
@@ -101,8 +106,9 @@ struct mover_header {
     uint32_t bytes;
 };
 
-/* What the VMM can be asked for through the agent. Without them the mover does it by itself (QMP).
- */
+/* What the VMM can be asked for through the agent. Without them the mover does it by itself (QMP):
+ * STOP is said with pause 0, LOAD without a descriptor when it is done, RUN when it is done; SAVE,
+ * HOLD and GO are -ENOTSUP. */
 #define MOVER_CAN_PAUSE 1U /* pause and resume */
 #define MOVER_CAN_SAVE  2U /* save and load */
 
@@ -220,6 +226,10 @@ struct mover_mapped {
     uint64_t pages_have;
     uint64_t pages_empty;
 };
+
+/* An agent that has no mover for 10 s before COMMIT gives the migration up by itself: a guest is
+ * not left paused because nobody is there to end it. */
+#define MOVER_PATIENCE_S 10
 
 /* All pages are placed and the hash sums agree (result 0), or they don't (-EBADMSG: `region` is the
  * first that differs). The source says it when it has answered, the destination when it has heard.
