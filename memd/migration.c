@@ -245,13 +245,14 @@ static void fail(struct migration *migration, const char *why)
 static void note_route(struct migration *migration, const struct order_status *status)
 {
     struct order_start *start = &migration->start;
-    bool known = start->data_port == status->data_port;
+    bool known = !migration->source || start->data_port == status->data_port;
 
     start->epoch = status->epoch;
     if (memcmp(start->session, status->session, sizeof(start->session)) != 0)
         known = false;
     memcpy(start->session, status->session, sizeof(start->session));
-    start->data_port = status->data_port;
+    if (migration->source)
+        start->data_port = status->data_port;
     if (!known && start->name[0])
         save(migration->daemon);
 }

@@ -365,6 +365,7 @@ static int collect(struct migration *migration, int first, int *fds)
     }
     if (!migration->source) {
         fds[count] = listen_for_peer(migration);
+        migration->start.data_port = migration->listen_port;
         if (fds[count++] < 0)
             return fds[count - 1];
     }
