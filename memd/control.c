@@ -542,6 +542,9 @@ static bool read_migration_member(const char *key, const json_t *value,
     } else if (strcmp(key, "precopy_only") == 0) {
         *ret_good = json_is_boolean(value);
         asked->precopy_only = json_is_true(value);
+    } else if (strcmp(key, "postcopy_only") == 0) {
+        *ret_good = json_is_boolean(value);
+        asked->postcopy_only = json_is_true(value);
     } else if (strcmp(key, "bandwidth_bytes") == 0) {
         *ret_good = read_size(value, &asked->bandwidth_bytes) && asked->bandwidth_bytes > 0;
     } else {
@@ -574,6 +577,10 @@ static int read_migration(const struct request *request, struct migration_reques
     json_decref(json);
     if (!result && !asked->to[0]) {
         snprintf(words, WORDS, "'to' has to be given, as HOST:PORT");
+        result = -EINVAL;
+    }
+    if (!result && asked->precopy_only && asked->postcopy_only) {
+        snprintf(words, WORDS, "precopy_only and postcopy_only exclude each other");
         result = -EINVAL;
     }
     return result;

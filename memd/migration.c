@@ -439,6 +439,7 @@ static int prepare(struct migration *migration, const struct guest *guest,
     strcpy(start->vmm, guest->vmm);
     strcpy(migration->peer, request->to);
     start->precopy_only = request->precopy_only;
+    start->postcopy_only = request->postcopy_only;
     start->bandwidth = request->bandwidth_bytes;
     if (!config_address_split(request->to, start->host, sizeof(start->host), &port) || port == 0)
         return -EINVAL;

@@ -69,7 +69,7 @@ void migration_reload(struct daemon *daemon);
 
 struct migration_request {
     char to[CONFIG_WORD_BYTES];
-    bool precopy_only;
+    bool precopy_only, postcopy_only;
     uint64_t bandwidth_bytes; /* 0: what the configuration says */
 };
 

@@ -13,11 +13,13 @@
 #define LOOK_MS     200
 #define MEMD_WAIT_S 60 /* for a memd that is started again meanwhile */
 
-enum { MIGRATE_PRECOPY_ONLY, MIGRATE_BANDWIDTH, MIGRATE_CANCEL };
+enum { MIGRATE_PRECOPY_ONLY, MIGRATE_POSTCOPY_ONLY, MIGRATE_BANDWIDTH, MIGRATE_CANCEL };
 
 const struct ctl_option ctl_migrate_options[] = {
     [MIGRATE_PRECOPY_ONLY] = {.name = "precopy-only",
                               .help = "let it run there only when all of its memory is there"},
+    [MIGRATE_POSTCOPY_ONLY] = {.name = "postcopy-only",
+                               .help = "let it run there at once; its memory follows"},
     [MIGRATE_BANDWIDTH] = {.name = "bandwidth",
                            .value = "SIZE",
                            .help = "bytes a second; a page that is waited for is never held back"},
@@ -52,21 +54,27 @@ static enum ctl_status make_body(const struct ctl_arguments *arguments, json_t *
         json_object_set_new(*ret_body, "bandwidth_bytes", json_integer((json_int_t)bytes));
     if (arguments->value[MIGRATE_PRECOPY_ONLY])
         json_object_set_new(*ret_body, "precopy_only", json_true());
+    if (arguments->value[MIGRATE_POSTCOPY_ONLY])
+        json_object_set_new(*ret_body, "postcopy_only", json_true());
     return CTL_DONE;
 }
 
 static bool operands_fit(const struct ctl_arguments *arguments)
 {
     bool cancels = arguments->value[MIGRATE_CANCEL];
+    bool precopy = arguments->value[MIGRATE_PRECOPY_ONLY];
+    bool postcopy = arguments->value[MIGRATE_POSTCOPY_ONLY];
 
     if (!ctl_value_is_guest_name(arguments->operands[0])) {
         ctl_say("'%s' is no guest's name", arguments->operands[0]);
         return false;
     }
-    if (cancels && (arguments->value[MIGRATE_BANDWIDTH] || arguments->value[MIGRATE_PRECOPY_ONLY]))
+    if (cancels && (arguments->value[MIGRATE_BANDWIDTH] || precopy || postcopy))
         ctl_say("migrate: --cancel goes with no other option");
     else if (!cancels && arguments->operand_count != 2)
         ctl_say("migrate: where to? Give HOST:PORT");
+    else if (precopy && postcopy)
+        ctl_say("migrate: --precopy-only or --postcopy-only?");
     else
         return true;
     return false;

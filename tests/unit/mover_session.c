@@ -131,6 +131,20 @@ Test(mover_session, usual_way_ends_completed)
     cr_assert_eq(destination.outcome, OUTCOME_COMPLETED);
 }
 
+Test(mover_session, post_copy_alone_stops_at_once)
+{
+    struct session source;
+
+    session_start(&source, MOVER_SOURCE, false);
+    source.at_once = true;
+    take(&source, EVENT_LINKED);
+    hear(&source, PEER_OK, 0);
+    take(&source, EVENT_DATA_LINKED);
+    hear(&source, PEER_EXPECTING, 0);
+    cr_assert_not(asks(&source, MOVER_START_PRECOPY));
+    cr_assert(asks(&source, MOVER_STOP));
+}
+
 Test(mover_session, cut_before_commit_leaves_the_guest_at_the_source)
 {
     for (enum session_state at = SOURCE_CONNECTING; at < SOURCE_COMMITTING; at++) {

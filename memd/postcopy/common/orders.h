@@ -52,6 +52,7 @@ struct order_start {
     uint32_t takes_over; /* 1: a mover before this one has died */
     uint32_t epoch;      /* takes over: the highest that memd has heard of */
     uint32_t precopy_only;
+    uint32_t postcopy_only;
     uint32_t plain;
     uint64_t bandwidth;                    /* bytes a second, 0: no limit */
     uint8_t session[ORDERS_SESSION_BYTES]; /* source: of memd's choice; destination: taking over */

@@ -170,6 +170,7 @@ static void begin(struct mover *mover, bool good)
                        mover->hello.proven && mover->hello.proven_result == 0);
     } else {
         session_start(&mover->session, MOVER_SOURCE, mover->start.precopy_only);
+        mover->session.at_once = mover->start.postcopy_only;
         if (!good)
             session_take(&mover->session, &(struct session_event){.type = EVENT_LATE});
     }

@@ -170,12 +170,24 @@ static void source_hears_stand(struct session *session, enum peer_stand stand)
     source_has_proof(session);
 }
 
+static void source_should_stop(struct session *session)
+{
+    if (session->state != SOURCE_PRECOPY)
+        return;
+    session->state = SOURCE_STOPPING;
+    session->stopped = true;
+    ask(session, MOVER_STOP);
+}
+
 static void source_links(struct session *session)
 {
     if (session->state != SOURCE_LINKING || !session->data_linked || !session->expecting)
         return;
     session->state = SOURCE_PRECOPY;
-    ask(session, MOVER_START_PRECOPY);
+    if (session->at_once)
+        source_should_stop(session);
+    else
+        ask(session, MOVER_START_PRECOPY);
 }
 
 static void source_hears(struct session *session, const struct session_event *event)
@@ -312,13 +324,7 @@ static void take_at_source(struct session *session, const struct session_event *
     case EVENT_DONE: source_done(session, event->what, event->value); break;
     case EVENT_PROVEN: source_proven(session, event->value); break;
     case EVENT_AGENT_GONE: source_lost_agent(session); break;
-    case EVENT_SHOULD_STOP:
-        if (session->state == SOURCE_PRECOPY) {
-            session->state = SOURCE_STOPPING;
-            session->stopped = true;
-            ask(session, MOVER_STOP);
-        }
-        break;
+    case EVENT_SHOULD_STOP: source_should_stop(session); break;
     case EVENT_CANCEL:
         if (session_may_cancel(session))
             abort_source(session, OUTCOME_CANCELLED, -ECANCELED);

@@ -101,6 +101,7 @@ struct session {
     bool stopped;                 /* source: STOP was asked for */
     bool mapped, state_here, loaded, proven;
     bool all_first;   /* pure pre-copy: every page is there before the guest runs */
+    bool at_once;     /* source: no pre-copy at all */
     bool peer_waits;  /* source: the destination may have said READY */
     bool committed;   /* source */
     bool peer_runs;   /* source: the destination has said that the guest runs there */

@@ -17,9 +17,10 @@ __all__ = ["Lab", "Failure", "Skip", "wait_for"]
 class Lab:
     """Everything lives in `directory` (short: unix socket paths are). Use it as a context: on the
     way out all processes are killed and the directory is removed, unless something failed: then
-    the logs stay. With `outlive` the processes don't die with us, and `keep` leaves them alone."""
+    the logs stay. With `outlive` the processes don't die with us, and `keep` leaves them alone.
+    network: the network namespace that memd and what it starts live in."""
 
-    def __init__(self, outlive=False):
+    def __init__(self, outlive=False, network=None):
         self.directory = tempfile.mkdtemp(prefix="memd-")
         os.chmod(self.directory, 0o755)  # a VMM under another uid reaches its sockets
         self.socket = os.path.join(self.directory, "memd.sock")
@@ -29,6 +30,7 @@ class Lab:
         self.failed = False
         self.keep = False
         self._outlive = outlive
+        self._network = network
         self._processes = []
         machine.needs_build()
 
@@ -143,7 +145,8 @@ class Lab:
         if sections is not None or domains is not None or not os.path.exists(self.config):
             self.write_config(sections or {}, domains or {})
         os.makedirs(os.path.join(self.directory, "state"), exist_ok=True)
-        self.memd = self.spawn([machine.program("memd"), "--config", self.config, "--foreground"],
+        inside = ["nsenter", f"--net=/run/netns/{self._network}"] if self._network else []
+        self.memd = self.spawn([*inside, machine.program("memd"), "--config", self.config, "--foreground"],
                                "memd.log", over=over, death="TERM")
         wait_for("memd to answer", self._memd_answers, 30, 0.05)
         return self.memd
