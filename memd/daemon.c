@@ -154,9 +154,6 @@ static void say_what_waits(const struct config *config)
     if (config->vault_set)
         log_warning(
             "[vault] is set, but this version of memd evicts nothing yet: it has no effect");
-    if (config->migration_set)
-        log_warning(
-            "[migration] is set, but this version of memd migrates nothing yet: it has no effect");
 }
 
 /* ksmd is steered once a second; while it isn't ours, it is enough to look now and then. */
@@ -243,6 +240,7 @@ static const struct part {
     {"trust domains", domains_start, domains_stop},
     {"guests", start_registry, stop_registry},
     {"agents", agents_start, stop_agents},
+    {"migrations", migration_start, migration_stop},
     {"control socket", control_start, control_stop},
     {"clock", start_clock, stop_clock},
 };
@@ -284,6 +282,7 @@ void daemon_stop(struct daemon *daemon)
 {
     (void)sd_notify(0, "STOPPING=1");
     state_saver_settle(&daemon->registry.saver);
+    state_saver_settle(&daemon->migrations.saver);
     stop_from(daemon, PART_COUNT);
 }
 
@@ -330,6 +329,7 @@ void daemon_reload(struct daemon *daemon)
     agents_reload(daemon, &old);
     agents_tune(daemon);
     control_reload(daemon);
+    migration_reload(daemon);
     say_what_waits(&fresh);
     config_free(&old);
     log_notice("%s was read again", daemon->config_path);

@@ -26,7 +26,9 @@ MAY_INCLUDE = [
     (["vmm-hooks/qemu"], ["vmm-hooks/qemu", "memd/common"]),
     (["vmm-hooks/sim"], ["vmm-hooks/sim", "memd", "memd/*/host", "memd/common"]),
     (["memd/ctl"], ["memd/ctl", "memd/common", "vmm-hooks/qemu"]),
-    (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common"]),
+    (["memd/postcopy/common"], ["memd/postcopy/common", "memd/common"]),
+    (["memd/postcopy/mover"], ["memd/postcopy/mover", "memd/postcopy/common", "memd/common", "vmm-hooks/qemu"]),
+    (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common", "memd/postcopy/common"]),
 ]
 NO_LICENCE_LINE = ["*.json", "*.md", "LICENSE", ".clang-*", ".gitignore", "*.expected", "tests/cli/data/*"]
 

@@ -215,6 +215,28 @@ class MemvmGuest(Guest):
             raise Failure(f"guest {self.name}: saving it failed: {self.stderr()[-400:]!r}")
 
 
+class ArrivedProcess:
+    """A VMM that memd has started: no child of ours, so that it is known by its pid."""
+
+    def __init__(self, pid, stdin):
+        self.pid = pid
+        self.stdin = stdin
+        self.returncode = None
+
+    def poll(self):
+        return None if machine.is_alive(self.pid) else -1
+
+    def wait(self, seconds=60):
+        wait_for(f"process {self.pid} to end", lambda: not machine.is_alive(self.pid), seconds)
+        return 0  # whoever its parent is knows better
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 def memory_options(regions):
     return " ".join(f"memd.{name}={value}" for name, value in regions.items())
 
