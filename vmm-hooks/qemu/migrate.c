@@ -41,7 +41,8 @@
 #define WHY_CHARS   320
 
 struct qemu_migrate {
-    char path[PATH_CHARS];
+    char path[PATH_CHARS];        /* "" when it was given as a connection */
+    int fd;                       /* that connection, until it is used first; -1 */
     struct qmp *qmp;              /* NULL: not connected */
     json_t *capabilities;         /* as they were before we changed them; NULL: not changed */
     unsigned long long ram_bytes; /* of the guest, known once it is checked */
@@ -67,25 +68,39 @@ static void disconnect(struct qemu_migrate *vm)
     vm->qmp = NULL;
 }
 
+static int reach(struct qemu_migrate *vm)
+{
+    int fd = vm->fd;
+
+    if (vm->qmp)
+        return 0;
+    vm->fd = -1;
+    if (fd >= 0)
+        return qmp_open_fd(fd, COMMAND_MS, &vm->qmp);
+    return vm->path[0] ? qmp_open(vm->path, COMMAND_MS, &vm->qmp) : -ENOTCONN;
+}
+
 /* Gives up a reference to `arguments`. *ret_result as of qmp_execute(), or NULL where the answer
  * does not matter. */
 static int run_with_fd(struct qemu_migrate *vm, const char *command, json_t *arguments, int fd,
                        json_t **ret_result)
 {
     json_t *result = NULL;
-    int r = vm->qmp ? 0 : qmp_open(vm->path, COMMAND_MS, &vm->qmp);
+    int r = reach(vm);
 
     vm->why[0] = '\0';
     if (r < 0) {
         json_decref(arguments);
-        return fail(vm, r, "QEMU's monitor at %s: %s", vm->path, strerror(-r));
+        return fail(vm, r, "QEMU's monitor%s%s: %s", vm->path[0] ? " at " : "", vm->path,
+                    strerror(-r));
     }
     r = qmp_execute_with_fd(vm->qmp, command, arguments, fd, COMMAND_MS, &result);
     json_decref(arguments);
     if (r == -EREMOTEIO)
         return fail(vm, r, "QEMU: %s: %s", command, qmp_error(vm->qmp));
     if (r < 0) {
-        disconnect(vm);
+        if (r != -ETIMEDOUT)
+            disconnect(vm);
         return fail(vm, r, "QEMU's monitor: %s: %s", command, strerror(-r));
     }
     if (ret_result)
@@ -383,7 +398,8 @@ static int transfer(struct qemu_migrate *vm, const char *command)
 
         r = qmp_wait_event(vm->qmp, "MIGRATION", TRANSFER_MS, &data);
         if (r < 0) {
-            disconnect(vm);
+            if (r != -ETIMEDOUT)
+                disconnect(vm);
             return fail(vm, r, "QEMU: %s: %s", command,
                         r == -ECONNRESET ? "it ended over it" : strerror(-r));
         }
@@ -533,8 +549,20 @@ int qemu_migrate_open(const char *qmp_path, struct qemu_migrate **ret_vm)
     if (!vm)
         return -ENOMEM;
     strcpy(vm->path, qmp_path);
+    vm->fd = -1;
     *ret_vm = vm;
     return 0;
+}
+
+int qemu_migrate_open_fd(int qmp_fd, struct qemu_migrate **ret_vm)
+{
+    int r = qemu_migrate_open("", ret_vm);
+
+    if (r < 0)
+        close(qmp_fd);
+    else
+        (*ret_vm)->fd = qmp_fd;
+    return r;
 }
 
 void qemu_migrate_close(struct qemu_migrate *vm)
@@ -542,6 +570,8 @@ void qemu_migrate_close(struct qemu_migrate *vm)
     if (!vm)
         return;
     disconnect(vm);
+    if (vm->fd >= 0)
+        close(vm->fd);
     json_decref(vm->capabilities);
     free(vm);
 }

@@ -13,9 +13,12 @@
 struct qemu_migrate;
 
 /* A QEMU with a monitor at this path; it is connected to when it is first asked something, and
- * again after an answer that did not come. A monitor serves one client at a time: ours keeps it
- * until the close. 0, -ENOMEM or -ENAMETOOLONG. */
+ * again when the connection was lost. A monitor serves one client at a time: ours keeps it until
+ * the close. 0, -ENOMEM or -ENAMETOOLONG. */
 int qemu_migrate_open(const char *qmp_path, struct qemu_migrate **ret_vm);
+/* The same with a connection that is there already, and ours from then on also when this fails; it
+ * is not made again when it is lost. */
+int qemu_migrate_open_fd(int qmp_fd, struct qemu_migrate **ret_vm);
 void qemu_migrate_close(struct qemu_migrate *vm);
 /* Why the latest call failed; "" when it did not. Valid until the next call. */
 const char *qemu_migrate_why(const struct qemu_migrate *vm);

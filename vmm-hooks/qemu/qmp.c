@@ -14,8 +14,9 @@
 struct qmp {
     int fd;
     bool dead;
-    json_t *events; /* an array */
-    size_t filled;  /* bytes in line */
+    json_int_t last_id; /* of the latest command: an answer to another one has come too late */
+    json_t *events;     /* an array */
+    size_t filled;      /* bytes in line */
     char error[256];
     char line[QMP_LINE_BYTES];
 };
@@ -149,6 +150,14 @@ static void keep_event(struct qmp *qmp, json_t *object)
         json_array_remove(qmp->events, 0);
 }
 
+/* Is it the answer to a command whose time was over? */
+static bool is_late(const struct qmp *qmp, const json_t *object)
+{
+    const json_t *id = json_object_get(object, "id");
+
+    return id && json_integer_value(id) != qmp->last_id;
+}
+
 /* Waits for the answer to the command that was sent. */
 static int receive_answer(struct qmp *qmp, int64_t deadline_ms, json_t **ret_result)
 {
@@ -158,8 +167,8 @@ static int receive_answer(struct qmp *qmp, int64_t deadline_ms, json_t **ret_res
 
         if (error < 0)
             return error;
-        result = json_object_get(object, "return");
-        error_object = json_object_get(object, "error");
+        result = is_late(qmp, object) ? NULL : json_object_get(object, "return");
+        error_object = is_late(qmp, object) ? NULL : json_object_get(object, "error");
         if (result)
             *ret_result = json_incref(result);
         else if (error_object)
@@ -175,12 +184,15 @@ static int receive_answer(struct qmp *qmp, int64_t deadline_ms, json_t **ret_res
 static int execute(struct qmp *qmp, const char *command, json_t *arguments, int fd,
                    int64_t deadline_ms, json_t **ret_result)
 {
-    json_t *request = json_pack("{s:s, s:O*}", "execute", command, "arguments", arguments);
+    json_t *request = json_pack("{s:s, s:O*, s:I}", "execute", command, "arguments", arguments,
+                                "id", ++qmp->last_id);
     char *text = request ? json_dumps(request, JSON_COMPACT) : NULL;
     int error = text ? send_text(qmp, text, fd, deadline_ms) : -ENOMEM;
 
     if (error == 0)
         error = send_text(qmp, "\n", -1, deadline_ms);
+    if (error == -ETIMEDOUT)
+        error = -EPIPE; /* a part of it may be on its way: nothing can follow that */
     if (error == 0)
         error = receive_answer(qmp, deadline_ms, ret_result);
     free(text);
@@ -197,7 +209,7 @@ int qmp_execute_with_fd(struct qmp *qmp, const char *command, json_t *arguments,
         return -ENOTCONN;
     qmp->error[0] = '\0';
     error = execute(qmp, command, arguments, fd, now_ms() + timeout_ms, ret_result);
-    qmp->dead = error < 0 && error != -EREMOTEIO;
+    qmp->dead = error < 0 && error != -EREMOTEIO && error != -ETIMEDOUT;
     return error;
 }
 
@@ -292,29 +304,34 @@ static int connect_to(const char *path)
     return fd;
 }
 
-int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp)
+int qmp_open_fd(int fd, int timeout_ms, struct qmp **ret_qmp)
 {
     struct qmp *qmp = calloc(1, sizeof(*qmp));
-    int error;
+    int error = -ENOMEM;
 
     if (!qmp)
-        return -ENOMEM;
+        goto close_fd;
+    qmp->fd = fd;
     qmp->events = json_array();
-    error = qmp->fd = qmp->events ? connect_to(path) : -ENOMEM;
+    error = qmp->events ? greet(qmp, now_ms() + timeout_ms) : -ENOMEM;
     if (error < 0)
         goto free_qmp;
-    error = greet(qmp, now_ms() + timeout_ms);
-    if (error < 0)
-        goto close_fd;
     *ret_qmp = qmp;
     return 0;
 
-close_fd:
-    close(qmp->fd);
 free_qmp:
     json_decref(qmp->events);
     free(qmp);
+close_fd:
+    close(fd);
     return error;
+}
+
+int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp)
+{
+    int fd = connect_to(path);
+
+    return fd < 0 ? fd : qmp_open_fd(fd, timeout_ms, ret_qmp);
 }
 
 const char *qmp_error(const struct qmp *qmp)

@@ -24,10 +24,15 @@ struct qmp;
  * what answers is not QMP. */
 int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp);
 
+/* The same with a socket that is connected to QEMU already; it is ours from then on, and closed
+ * when this fails. */
+int qmp_open_fd(int fd, int timeout_ms, struct qmp **ret_qmp);
+
 /* Runs `command` with `arguments` (borrowed; NULL for none). *ret_result is the "return" member, a
  * reference that the caller gives up with json_decref(). -EREMOTEIO: QEMU answered with an error,
- * for which qmp_error() has the words; the connection lives on. After any other error it is dead,
- * and can only be closed. */
+ * for which qmp_error() has the words; -ETIMEDOUT: it has not answered yet, and whether the command
+ * is run nobody knows. In both cases the connection lives on. After any other error it is dead, and
+ * can only be closed. */
 int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int timeout_ms,
                 json_t **ret_result);
 
