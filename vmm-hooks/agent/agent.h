@@ -25,6 +25,7 @@
 #include "gate.h"
 #include "merge.h"
 #include "migration.h"
+#include "restore.h"
 #include "rpc.h"
 #include "scan.h"
 #include "segments.h"
@@ -47,6 +48,7 @@ struct memd_vm {
     struct gate gate; /* under migration.gate */
     struct rpc rpc;
     struct migration migration;
+    struct restore restore; /* a saved guest that comes from a file */
 
     char socket[108];
     char token[PROTOCOL_TOKEN_BYTES];

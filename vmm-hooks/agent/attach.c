@@ -448,6 +448,26 @@ int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes)
                   : agent_discard_in_child(vm, addr, bytes, MADV_DONTNEED);
 }
 
+int memd_ram_restore(struct memd_vm *vm, void *addr, size_t bytes, int fd, uint64_t offset)
+{
+    struct ram_block *block;
+    int r = check_handle(vm);
+
+    if (r < 0)
+        return r;
+    block = ram_find(&vm->ram, addr);
+    if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
+        return -ENOENT;
+    return restore_begin(&vm->restore, &vm->ram, block, fd, offset);
+}
+
+int memd_ram_restore_wait(struct memd_vm *vm)
+{
+    int r = check_handle(vm);
+
+    return r < 0 ? r : restore_wait(&vm->restore);
+}
+
 /* ---- standing down, detaching ---- */
 
 uint32_t agent_stand_down(struct memd_vm *vm, enum agent_state state, const char *reason)
@@ -553,6 +573,7 @@ int memd_detach(struct memd_vm *vm)
     sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
     pthread_join(vm->thread, NULL);
     fault_stop(&vm->handler);
+    restore_close(&vm->restore);
     the_vm = NULL;
     for (uint32_t i = 0; i < vm->ram.block_count; i++)
         if (vm->ram.blocks[i].live)

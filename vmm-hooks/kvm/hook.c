@@ -7,7 +7,8 @@
  *   2. memd_ram_add() for each piece of guest RAM, before it is filled: then the agent may map it
  *      anew (MEMD_RAM_FRESH), in the way that keeps its number of mappings low;
  *   3. memd_ram_discard() wherever the VMM would have called madvise(MADV_DONTNEED) on guest RAM;
- *   4. hooks: stop the vCPUs and let them run; save and load what is not RAM, to move to another
+ *   4. memd_ram_restore() for a saved guest that is to run before its memory was read;
+ *   5. hooks: stop the vCPUs and let them run; save and load what is not RAM, to move to another
  *      host; whether something holds pages in a way that the kernel does not know of.
  *
  * A VMM that takes RAM away calls memd_ram_remove() first, and one that lives on without its guest
@@ -23,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "state.h"
 
@@ -121,6 +123,40 @@ void hook_attach(struct machine *machine)
     r = memd_ram_add(machine->memd, machine->memory.base, machine->memory.bytes, MEMD_RAM_FRESH);
     if (r < 0)
         complain("memd_ram_add", r);
+}
+
+/* Its own thread: until all of the guest's memory has come, or can't any more. Then a vCPU may wait
+ * for a page that never comes, and nothing but the end of the process calls it away. */
+static void *wait_restored(void *context)
+{
+    struct machine *machine = context;
+    int r = memd_ram_restore_wait(machine->memd);
+
+    if (r == 0)
+        return NULL;
+    fprintf(stderr, "memvm: the rest of the guest's memory can't be read: %s\n", strerror(-r));
+    _exit(MACHINE_EXIT_FAILED);
+}
+
+bool hook_restore(struct machine *machine, int fd, uint64_t offset)
+{
+    pthread_t waiter;
+    int r = machine->memd ? memd_ram_restore(machine->memd, machine->memory.base,
+                                             machine->memory.bytes, fd, offset)
+                          : -ENOTCONN;
+
+    if (r < 0) {
+        fprintf(stderr, "memvm: the guest's memory is read before it runs: %s\n",
+                machine->memd ? strerror(-r) : "memd is not there");
+        return false;
+    }
+    close(fd);
+    r = -pthread_create(&waiter, NULL, wait_restored, machine);
+    if (r == 0)
+        pthread_detach(waiter);
+    else
+        wait_restored(machine);
+    return true;
 }
 
 void hook_discard(struct machine *machine, void *at, size_t bytes)

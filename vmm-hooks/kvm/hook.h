@@ -4,6 +4,7 @@
 #define MEMVM_HOOK_H
 
 #include <memd/memd.h>
+#include <stdbool.h>
 
 struct machine;
 
@@ -13,6 +14,11 @@ extern const struct memd_ops hook_ops;
 /* Attaches to memd where the environment says so, and registers guest RAM, which must be empty
  * yet. Never fails: without memd the guest runs as it would have, and standard error says why. */
 void hook_attach(struct machine *machine);
+
+/* Guest RAM, registered and empty, gets its content from the file from `offset` on, while the
+ * machine runs. The descriptor is ours from now on. False: that can't be had (without memd it
+ * can't), nothing was done, and standard error says why. When it fails later the process ends. */
+bool hook_restore(struct machine *machine, int fd, uint64_t offset);
 
 /* These pages of guest RAM (whole ones) are empty from now on. Any thread. */
 void hook_discard(struct machine *machine, void *at, size_t bytes);

@@ -37,12 +37,13 @@ struct options {
     uint32_t cpus;
     const char *serial, *save, *load;
     bool incoming;
+    bool lazy;       /* --restore: what is loaded runs before its memory was read */
     char **operands; /* the image, then the words for it */
 };
 
 static const char usage[] =
     "usage: memvm [OPTION...] IMAGE [NAME=VALUE...]\n"
-    "       memvm --load FILE [--serial FILE] [--save FILE]\n"
+    "       memvm --load FILE | --restore FILE [--serial FILE] [--save FILE]\n"
     "       memvm --incoming [OPTION...]\n"
     "\n"
     "  --memory SIZE   the guest's RAM (16M)\n"
@@ -50,6 +51,7 @@ static const char usage[] =
     "  --serial FILE   what it says goes there, not to standard output\n"
     "  --save FILE     on SIGTERM save the whole machine there before ending\n"
     "  --load FILE     go on with a machine that was saved\n"
+    "  --restore FILE  the same, but at once: its memory comes while it runs\n"
     "  --incoming      wait for a machine that memd moves here\n"
     "  --help, --version\n"
     "\n"
@@ -91,6 +93,10 @@ static bool read_option(struct options *options, int option)
     case 'o': options->serial = optarg; return true;
     case 's': options->save = optarg; return true;
     case 'l': options->load = optarg; return true;
+    case 'r':
+        options->load = optarg;
+        options->lazy = true;
+        return true;
     case 'i': options->incoming = true; return true;
     case 'h': fputs(usage, stdout); exit(fflush(stdout) == 0 ? 0 : STATUS_FAILED);
     case 'v': puts("memvm " MEMD_VERSION); exit(fflush(stdout) == 0 ? 0 : STATUS_FAILED);
@@ -104,10 +110,9 @@ static bool check_origin(const struct options *options)
     bool image = options->operands[0];
 
     if (options->incoming && options->load)
-        fputs("memvm: --incoming or --load?\n", stderr);
+        fputs("memvm: --incoming or a saved machine?\n", stderr);
     else if (image && (options->load || options->incoming))
-        fprintf(stderr, "memvm: %s brings its own image and words\n",
-                options->load ? "--load" : "--incoming");
+        fputs("memvm: what is saved or moved here brings its own image and words\n", stderr);
     else if (!image && !options->load && !options->incoming)
         fputs("memvm: which image?\n", stderr);
     else
@@ -117,15 +122,12 @@ static bool check_origin(const struct options *options)
 
 static bool read_options(int argc, char **argv, struct options *options)
 {
-    static const struct option known[] = {{"memory", required_argument, NULL, 'm'},
-                                          {"cpus", required_argument, NULL, 'c'},
-                                          {"serial", required_argument, NULL, 'o'},
-                                          {"save", required_argument, NULL, 's'},
-                                          {"load", required_argument, NULL, 'l'},
-                                          {"incoming", no_argument, NULL, 'i'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {"version", no_argument, NULL, 'v'},
-                                          {0}};
+    static const struct option known[] = {
+        {"memory", required_argument, NULL, 'm'}, {"cpus", required_argument, NULL, 'c'},
+        {"serial", required_argument, NULL, 'o'}, {"save", required_argument, NULL, 's'},
+        {"load", required_argument, NULL, 'l'},   {"restore", required_argument, NULL, 'r'},
+        {"incoming", no_argument, NULL, 'i'},     {"help", no_argument, NULL, 'h'},
+        {"version", no_argument, NULL, 'v'},      {0}};
     int option;
 
     while ((option = getopt_long(argc, argv, "+", known, NULL)) != -1)
@@ -184,7 +186,7 @@ static int load_image(struct machine *machine, const struct options *options)
 static int load(struct machine *machine, const struct options *options, struct snapshot *snapshot)
 {
     if (options->load)
-        return snapshot_load(snapshot, machine);
+        return snapshot_load(snapshot, machine, options->lazy);
     if (!options->incoming)
         return load_image(machine, options);
     if (machine->memd)

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "hook.h"
+
 static_assert(sizeof(struct machine_state) <= SNAPSHOT_RAM_AT, "it lies in front of RAM");
 
 static int complain(const char *path, int error)
@@ -132,12 +134,15 @@ int snapshot_open(const char *path, struct snapshot *ret_snapshot)
     return r < 0 ? complain(path, r) : 0;
 }
 
-int snapshot_load(struct snapshot *snapshot, struct machine *machine)
+int snapshot_load(struct snapshot *snapshot, struct machine *machine, bool lazy)
 {
-    int r = load_memory(snapshot->fd, &machine->memory);
+    int r = 0;
 
+    if (!lazy || !hook_restore(machine, snapshot->fd, SNAPSHOT_RAM_AT)) {
+        r = load_memory(snapshot->fd, &machine->memory);
+        close(snapshot->fd);
+    }
     if (r == 0)
         r = state_load(machine, &snapshot->state, state_bytes(snapshot->state.cpu_count));
-    close(snapshot->fd);
     return r < 0 ? complain("loading", r) : 0;
 }

@@ -19,8 +19,8 @@ struct snapshot {
 /* First half of loading: what kind of machine is in the file. 0 or -errno; says why. */
 int snapshot_open(const char *path, struct snapshot *ret_snapshot);
 
-/* Second half: into a machine of that kind that was never started. Closes the file. 0 or -errno;
- * says why. */
-int snapshot_load(struct snapshot *snapshot, struct machine *machine);
+/* Second half: into a machine of that kind that was never started. With `lazy` its memory comes
+ * while it runs, where that can be had. Closes the file. 0 or -errno; says why. */
+int snapshot_load(struct snapshot *snapshot, struct machine *machine, bool lazy);
 
 #endif

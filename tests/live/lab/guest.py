@@ -257,13 +257,14 @@ def qemu_command(kernel, initramfs, accel, name, directory, memory, append, devi
             "-serial", "chardev:console", *devices]
 
 
-def memvm_command(name, directory, memory, cpus, regions, save=None, load=None, incoming=False, options=()):
+def memvm_command(name, directory, memory, cpus, regions, save=None, load=None, incoming=False, restore=None,
+                  options=()):
     """memvm with its serial port in a log; a new machine with the bare guest, a saved one, or one that
     waits for a guest to come."""
     log = os.path.join(directory, f"{name}.log")
     command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else []), *options]
-    if load:
-        return [*command, "--load", load]
+    if load or restore:
+        return [*command, *(["--load", load] if load else ["--restore", restore])]
     command += ["--memory", memory, "--cpus", str(cpus)]
     if incoming:
         return [*command, "--incoming"]

@@ -234,12 +234,12 @@ class Lab:
         return guest
 
     def start_memvm(self, name, memory="16M", cpus=1, domain=None, plain=False, run_options=(), save=None,
-                    load=None, incoming=False, memvm_options=(), seed=None, **regions):
+                    load=None, incoming=False, restore=None, memvm_options=(), seed=None, **regions):
         """Boots the bare guest in memvm under `memctl run` (or, when plain, without memd at all); load: goes
-        on with a machine that was saved; incoming: waits for one. regions: sizes of what its memory holds (common="4M"), and its
+        on with a machine that was saved (restore: at once); incoming: waits for one. regions: sizes of what its memory holds (common="4M"), and its
         options (duty=20). Returns at once."""
         regions["seed"] = seed if seed is not None else len(self.guests) + 1
-        command = memvm_command(name, self.directory, memory, cpus, regions, save, load, incoming,
+        command = memvm_command(name, self.directory, memory, cpus, regions, save, load, incoming, restore,
                                 list(memvm_options))
         if not plain:
             options = ["--name", name, "--max", memory, *(["--domain", domain] if domain else []), *run_options]
