@@ -212,6 +212,15 @@ static bool is_empty_shell(const struct migration *migration)
                              : outcome == ORDER_SOURCE_RUNS || outcome == ORDER_CANCELLED;
 }
 
+/* Somebody came and never said which guest it is about: not worth a line for each. */
+static void let_stranger_go(struct migration *migration)
+{
+    log_detail("%s had no guest to bring: %s", migration->peer, words_of(migration));
+    mover_process_say(migration, ORDER_FORGET);
+    if (!migration->pid)
+        forget(migration);
+}
+
 static void come_to_an_end(struct migration *migration)
 {
     struct daemon *daemon = migration->daemon;
@@ -220,14 +229,17 @@ static void come_to_an_end(struct migration *migration)
     if (migration->over)
         return;
     migration->over = true;
+    if (!migration->start.name[0]) {
+        let_stranger_go(migration);
+        return;
+    }
     loop_timer_cancel(&daemon->loop, &migration->arrival);
     say_the_end(migration);
     if (guest && is_empty_shell(migration) && (migration->source || migration->arrived))
         registry_end_process(guest, migration->source ? "it has moved to another host"
                                                       : "it did not arrive");
     migration->kept = save(daemon);
-    if (migration->start.name[0])
-        forget_old(daemon, migration);
+    forget_old(daemon, migration);
 }
 
 /* It ends before a mover could say so. */
@@ -259,10 +271,12 @@ static void note_route(struct migration *migration, const struct order_status *s
 
 void migration_heard_status(struct migration *migration, const struct order_status *status)
 {
-    if (migration->over) {
+    if (migration->over && !migration->start.name[0])
+        mover_process_say(migration, ORDER_FORGET);
+    else if (migration->over)
         records_are_saved(migration->daemon);
+    if (migration->over)
         return;
-    }
     if (status->reconnects > migration->status.reconnects)
         log_notice("guest '%s': the connection to %s was made again", migration->start.name,
                    migration->peer);
@@ -383,12 +397,12 @@ void migration_lost_mover(struct migration *migration)
 {
     struct daemon *daemon = migration->daemon;
 
-    if (migration->over)
-        return;
     if (!migration->start.name[0]) {
         forget(migration); /* nobody knows who that was */
         return;
     }
+    if (migration->over)
+        return;
     log_warning("guest '%s': its mover has died; another one takes over", migration->start.name);
     events_emit(&daemon->events, "mover_died", migration->start.name, NULL);
     if (!migration->source && !migration->arrived) {
@@ -540,39 +554,45 @@ static void can_accept(struct loop_watch *watch, uint32_t events)
 
 static void stop_listening(struct daemon *daemon)
 {
-    struct loop_watch *listener = &daemon->migrations.listener;
+    struct migrations *migrations = &daemon->migrations;
 
-    loop_watch_remove(&daemon->loop, listener);
-    if (listener->fd >= 0)
-        close(listener->fd);
-    listener->fd = -1;
+    loop_watch_remove(&daemon->loop, &migrations->arrivals);
+    if (migrations->arrivals.fd >= 0)
+        close(migrations->arrivals.fd);
+    if (migrations->listener >= 0)
+        close(migrations->listener);
+    migrations->arrivals.fd = migrations->listener = -1;
     daemon->migrations.listens_at[0] = '\0';
 }
 
 static int start_listening(struct daemon *daemon)
 {
     const char *where = daemon->config.migration_listen;
-    int fd;
+    struct migrations *migrations = &daemon->migrations;
+    struct epoll_event event = {.events = EPOLLIN};
 
     if (!where[0])
         return 0;
-    fd = control_listen_tcp(where);
-    if (fd < 0) {
-        log_error("[migration] listen = %s: %s", where, strerror(-fd));
-        return fd;
+    migrations->listener = control_listen_tcp(where);
+    if (migrations->listener < 0) {
+        log_error("[migration] listen = %s: %s", where, strerror(-migrations->listener));
+        return migrations->listener;
     }
-    strcpy(daemon->migrations.listens_at, where);
-    daemon->migrations.listener = (struct loop_watch){.fd = fd,
-                                                      .events = POLLIN,
-                                                      .level = true,
-                                                      .ready = can_accept,
-                                                      .owner = daemon,
-                                                      .op = LOOP_NOT_QUEUED};
+    strcpy(migrations->listens_at, where);
+    migrations->arrivals = (struct loop_watch){.fd = epoll_create1(EPOLL_CLOEXEC),
+                                               .events = POLLIN,
+                                               .level = true,
+                                               .ready = can_accept,
+                                               .owner = daemon,
+                                               .op = LOOP_NOT_QUEUED};
+    if (migrations->arrivals.fd < 0 ||
+        epoll_ctl(migrations->arrivals.fd, EPOLL_CTL_ADD, migrations->listener, &event))
+        return -errno;
     if (daemon->config.plain)
         log_warning("[migration] plain = yes: whoever can reach %s may send guests here, and read "
                     "those that are sent",
                     where);
-    return loop_watch_add(&daemon->loop, &daemon->migrations.listener);
+    return loop_watch_add(&daemon->loop, &migrations->arrivals);
 }
 
 void migration_reload(struct daemon *daemon)
@@ -723,7 +743,8 @@ int migration_start(struct daemon *daemon)
     size_t i;
     int result;
 
-    migrations->listener = (struct loop_watch){.fd = -1, .op = LOOP_NOT_QUEUED};
+    migrations->listener = -1;
+    migrations->arrivals = (struct loop_watch){.fd = -1, .op = LOOP_NOT_QUEUED};
     migrations->saver = (struct state_saver){.loop = &daemon->loop,
                                              .dir = daemon->state_dir,
                                              .name = RECORDS_FILE,

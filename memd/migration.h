@@ -58,8 +58,12 @@ struct migrations {
     struct migration *first;
     struct state_saver saver;
     int dir; /* of the movers' sockets */
-    struct loop_watch listener;
+    int listener;
+    /* Through an epoll of its own: what io_uring polls outlives a memd that was killed for a
+     * moment, and would keep the port from the next one. */
+    struct loop_watch arrivals;
     char listens_at[CONFIG_WORD_BYTES];
+    bool full;        /* and it has been said */
     uint32_t unknown; /* destinations whose mover has not said yet which guest it is */
 };
 

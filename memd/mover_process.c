@@ -72,7 +72,7 @@ static int listen_for_peer(struct migration *migration)
     socklen_t bytes = sizeof(address);
     int fd, on = 1, result;
 
-    if (getsockname(migration->daemon->migrations.listener.fd, (struct sockaddr *)&address, &bytes))
+    if (getsockname(migration->daemon->migrations.listener, (struct sockaddr *)&address, &bytes))
         return -errno;
     if (address.ss_family == AF_INET6)
         ((struct sockaddr_in6 *)(void *)&address)->sin6_port = htons(migration->listen_port);

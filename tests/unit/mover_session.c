@@ -303,6 +303,23 @@ Test(mover_session, guest_that_can_not_be_held_is_no_failure)
     cr_assert_not(asks(&destination, MOVER_GO));
 }
 
+Test(mover_session, guest_that_was_held_goes_on_when_nothing_is_missing_any_more)
+{
+    struct session destination;
+
+    bring_destination(&destination, DESTINATION_RUNNING);
+    cut(&destination);
+    done(&destination, MOVER_HOLD, 0);
+    take(&destination, EVENT_PROVEN);
+    cr_assert(asks(&destination, MOVER_GO));
+    bring_destination(&destination, DESTINATION_RUNNING);
+    cut(&destination);
+    take(&destination, EVENT_PROVEN);
+    cr_assert_not(asks(&destination, MOVER_GO));
+    done(&destination, MOVER_HOLD, 0);
+    cr_assert(asks(&destination, MOVER_GO));
+}
+
 Test(mover_session, source_is_not_done_before_the_guest_runs_elsewhere)
 {
     struct session source;
@@ -428,22 +445,27 @@ Test(mover_session, mover_that_takes_over_goes_by_the_agents_word)
 {
     struct session session;
 
-    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_PRECOPY, false);
+    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_PRECOPY, false, false);
     cr_assert(asks(&session, MOVER_ABORT));
-    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_STOPPED, false);
+    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_STOPPED, false, false);
     cr_assert(asks(&session, MOVER_ABORT));
     session.action_count = 0;
     done(&session, MOVER_ABORT, 0);
     cr_assert_eq(session.state, SOURCE_TELLING);
-    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_COMMITTED, false);
+    session_resume(&session, MOVER_SOURCE, MOVER_PHASE_COMMITTED, false, false);
     cr_assert_not(asks(&session, MOVER_ABORT));
     cr_assert(does(&session, ACTION_CONNECT));
-    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_MAPPED, false);
+    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_MAPPED, false, false);
     cr_assert_eq(session.outcome, OUTCOME_SOURCE_RUNS);
-    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_LOADED, false);
+    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_LOADED, false, false);
     cr_assert_eq(session.state, DESTINATION_READY);
-    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_RUNNING, false);
+    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_RUNNING, false, false);
     cr_assert_eq(session.state, DESTINATION_RUNNING);
+    session_resume(&session, MOVER_DESTINATION, MOVER_PHASE_RUNNING, false, true);
+    take(&session, EVENT_LINKED);
+    hear(&session, PEER_RESUME, PEER_COMMITTED);
+    take(&session, EVENT_DATA_LINKED);
+    cr_assert(asks(&session, MOVER_GO), "the guest that was paused at the cut stays paused");
 }
 
 /* ---- both sides at random ---- */

@@ -457,21 +457,18 @@ static int end_map(struct incoming *incoming, const char **ret_reason)
 
 /* ---- frames ---- */
 
-static int take_content(struct incoming *incoming, uint64_t number, const uint8_t *bytes,
-                        const char **ret_reason)
+static void take_content(struct incoming *incoming, uint64_t number, const uint8_t *bytes)
 {
     uint32_t known = incoming->contents_known;
 
-    if (number > known) {
-        *ret_reason = "a content out of order";
-        return -EPROTO;
-    }
-    if (number < known)
-        return 0; /* again, after a cut */
+    if (regions_test(incoming->content_here, number))
+        return; /* again, after a cut */
     memcpy(incoming->contents + number * PAGE_BYTES, bytes, PAGE_BYTES);
     incoming->content_hashes[number] = proof_content(bytes);
-    __atomic_store_n(&incoming->contents_known, known + 1, __ATOMIC_RELEASE);
-    return 0;
+    regions_set(incoming->content_here, number);
+    while (known < incoming->contents_max && regions_test(incoming->content_here, known))
+        known++;
+    __atomic_store_n(&incoming->contents_known, known, __ATOMIC_RELEASE);
 }
 
 static int take_refs(struct incoming *incoming, const struct wire_frame *frame,
@@ -482,7 +479,7 @@ static int take_refs(struct incoming *incoming, const struct wire_frame *frame,
     for (uint32_t i = 0; i < frame->count && r == 0; i++) {
         uint32_t content = wire_read_u32(payload, i);
 
-        if (content >= incoming->contents_known) {
+        if (content >= incoming->contents_max || !regions_test(incoming->content_here, content)) {
             *ret_reason = "a reference to a content that was not sent";
             return -EPROTO;
         }
@@ -512,7 +509,7 @@ static int take_pages(struct incoming *incoming, const struct wire_frame *frame,
     switch (frame->type) {
     case WIRE_DATA: return place_data(incoming, frame->page, frame->count, payload);
     case WIRE_ZERO: return place_nothing(incoming, frame->page, frame->count);
-    case WIRE_CONTENT: return take_content(incoming, frame->page, payload, ret_reason);
+    case WIRE_CONTENT: take_content(incoming, frame->page, payload); return 0;
     case WIRE_REF: return take_refs(incoming, frame, payload, ret_reason);
     case WIRE_MAP: return take_map(incoming, frame, payload, ret_reason);
     case WIRE_MAP_END: return end_map(incoming, ret_reason);
@@ -828,7 +825,9 @@ static int map_arrays(struct incoming *incoming)
     incoming->placed = regions_map(regions_bitmap_bytes(&incoming->regions));
     incoming->contents = regions_map((size_t)incoming->contents_max * PAGE_BYTES);
     incoming->content_hashes = regions_map((size_t)incoming->contents_max * 8);
-    return incoming->hashes && incoming->placed && incoming->contents && incoming->content_hashes
+    incoming->content_here = regions_map(((size_t)incoming->contents_max + 63) / 64 * 8);
+    return incoming->hashes && incoming->placed && incoming->contents && incoming->content_hashes &&
+                   incoming->content_here
                ? 0
                : -ENOMEM;
 }
@@ -841,6 +840,7 @@ static void unmap_arrays(struct incoming *incoming)
     regions_unmap(incoming->placed, regions_bitmap_bytes(&incoming->regions));
     regions_unmap(incoming->contents, (size_t)incoming->contents_max * PAGE_BYTES);
     regions_unmap(incoming->content_hashes, (size_t)incoming->contents_max * 8);
+    regions_unmap(incoming->content_here, ((size_t)incoming->contents_max + 63) / 64 * 8);
 }
 
 static int open_streams(struct incoming *incoming)

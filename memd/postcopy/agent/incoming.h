@@ -82,6 +82,7 @@ struct incoming {
     uint64_t *placed; /* bitmap: has a hash */
     uint8_t *contents;
     uint64_t *content_hashes;
+    uint64_t *content_here; /* bitmap */
     uint32_t contents_max;
 
     /* Any thread may read these. */
@@ -90,7 +91,7 @@ struct incoming {
     uint32_t proven;    /* 1: the source has answered, with: */
     int32_t proven_result;
     uint32_t proven_region;
-    uint32_t contents_known;
+    uint32_t contents_known;          /* the first so many are here */
     uint64_t pages_have, pages_empty; /* of the map */
     struct incoming_counts counts;
 

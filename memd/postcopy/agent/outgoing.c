@@ -226,7 +226,7 @@ static int send_content(struct outgoing *outgoing, const struct run *run, uint32
     uint8_t *content;
     int r = 0;
 
-    if (entry->content != SLOT_NONE)
+    if (entry->sent)
         return 0;
     if (!has_room(batch, NULL, 1) || batch->content_count == OUTGOING_CONTENTS)
         r = flush(&outgoing->bulk, batch);
@@ -236,8 +236,11 @@ static int send_content(struct outgoing *outgoing, const struct run *run, uint32
     if (!copy_content(outgoing, run, i, entry, content))
         return 1;
     batch->content_count++;
-    entry->hash = proof_content(content);
-    entry->content = outgoing->slots.contents++;
+    if (entry->content == SLOT_NONE) {
+        entry->hash = proof_content(content);
+        entry->content = outgoing->slots.contents++;
+    }
+    entry->sent = true;
     append(batch, WIRE_CONTENT, 1, entry->content, 0);
     append_bytes(batch, content, PAGE_BYTES);
     return 0;

@@ -95,8 +95,5 @@ struct slot_entry *slots_find(struct slots *slots, uint32_t slot)
 void slots_forget(struct slots *slots, uint32_t known)
 {
     for (uint64_t i = 0; i < slots->room; i++)
-        if (slots->table[i].content != SLOT_NONE && slots->table[i].content >= known)
-            slots->table[i].content = SLOT_NONE;
-    if (slots->contents > known)
-        slots->contents = known;
+        slots->table[i].sent &= slots->table[i].content < known;
 }

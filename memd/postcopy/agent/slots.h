@@ -11,8 +11,9 @@
 struct slot_entry {
     uint32_t slot;
     uint32_t uses;    /* 0: free */
-    uint32_t content; /* its number on the wire, once sent; SLOT_NONE before */
-    uint64_t hash;    /* likewise */
+    uint32_t content; /* its number on the wire, given once and for ever; SLOT_NONE: not yet */
+    bool sent;        /* as far as is known */
+    uint64_t hash;    /* once it has a number */
 };
 
 struct slots {
@@ -28,7 +29,8 @@ void slots_close(struct slots *slots);
 /* The entry of a slot that several pages have, or NULL. */
 struct slot_entry *slots_find(struct slots *slots, uint32_t slot);
 
-/* The destination has the first `known` contents, and no others. */
+/* The destination has the first `known` contents, as for the others it is not known. They keep
+ * their numbers: what is still on its way there must not mean something else when it arrives. */
 void slots_forget(struct slots *slots, uint32_t known);
 
 #endif

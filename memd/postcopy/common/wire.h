@@ -19,8 +19,8 @@
  *
  * After MAP_END a page is sent for good: the guest does not run at the source. A page may come
  * twice (on both channels, or again after a cut); the destination takes the first and drops the
- * others. CONTENT is a content that several pages have, numbered from 0 in the order in which they
- * are sent; REF says that a page is that content.
+ * others. CONTENT is a content that several pages have, and its number, which never means another
+ * one; REF says that a page is that content.
  *
  * Every frame is checked against the table in wire.c before a byte of its payload is looked at:
  * type, direction, channel, count, bounds. Anything else ends the link.
@@ -60,7 +60,7 @@ enum wire_type {
     WIRE_WANT = 32,     /* page: a fault waits for it; count 1 */
     WIRE_HAVE = 33,     /* count pages from `page` on (both multiples of 64, but for the last of
                            all): a bit each, set when the page need not be sent (any more) */
-    WIRE_HAVE_END = 34, /* page = how many contents were received: those need not be sent again */
+    WIRE_HAVE_END = 34, /* page = how many contents, from number 0 on, need not be sent again */
     WIRE_PLACED = 35,   /* like HAVE: a bit for each page that is in the sums of DONE */
     WIRE_DONE = 36,     /* count regions; a u64 each: the sum of its placed pages' hashes */
 };

@@ -167,7 +167,7 @@ static void begin(struct mover *mover, bool good)
         memcpy(mover->session_id, mover->hello.session, sizeof(mover->session_id));
         session_resume(&mover->session, (enum mover_role)mover->start.role,
                        (enum mover_phase)mover->hello.phase,
-                       mover->hello.proven && mover->hello.proven_result == 0);
+                       mover->hello.proven && mover->hello.proven_result == 0, mover->hello.paused);
     } else {
         session_start(&mover->session, MOVER_SOURCE, mover->start.precopy_only);
         mover->session.at_once = mover->start.postcopy_only;

@@ -353,13 +353,20 @@ static void destination_when_cut(struct session *session, int error)
         ask(session, MOVER_HOLD);
 }
 
+static void destination_goes_on(struct session *session)
+{
+    if (session->held)
+        ask(session, MOVER_GO);
+    session->held = false;
+}
+
 /* A guest that waits for pages from a host that can't be heard is better stopped as a whole; where
  * the VMM can't stop it (a vCPU waits for a page), it runs on until it needs one. */
 static void destination_is_held(struct session *session)
 {
-    session->held = !session->data_linked;
-    if (session->data_linked)
-        ask(session, MOVER_GO);
+    session->held = true;
+    if (session->data_linked || session->state != DESTINATION_RUNNING)
+        destination_goes_on(session);
 }
 
 /* State and map are here, and the state is loaded: the guest could run. */
@@ -446,6 +453,7 @@ static void destination_has_guest(struct session *session, int result)
 static void destination_is_proven(struct session *session)
 {
     session->state = DESTINATION_PROVEN;
+    destination_goes_on(session);
     if (session->linked)
         say(session, PEER_PROVEN, 0);
 }
@@ -497,9 +505,7 @@ static void destination_links(struct session *session)
 {
     session->data_linked = true;
     do_it(session, ACTION_LINK);
-    if (session->held)
-        ask(session, MOVER_GO);
-    session->held = false;
+    destination_goes_on(session);
     if (session->state != DESTINATION_LINKING)
         return;
     session->state = DESTINATION_EXPECTING;
@@ -604,12 +610,15 @@ static void resume_destination(struct session *session, enum mover_phase phase)
                      : session->proven           ? DESTINATION_PROVEN
                                                  : DESTINATION_RUNNING;
     ask(session, MOVER_UNLINK);
+    if (session->state == DESTINATION_PROVEN)
+        destination_goes_on(session);
 }
 
 void session_resume(struct session *session, enum mover_role role, enum mover_phase phase,
-                    bool proven)
+                    bool proven, bool held)
 {
     *session = (struct session){.role = role, .proven = proven};
+    session->held = held && phase == MOVER_PHASE_RUNNING;
     if (role == MOVER_SOURCE)
         resume_source(session, phase);
     else

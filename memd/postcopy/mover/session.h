@@ -114,9 +114,10 @@ struct session {
 
 /* A new migration. Its first actions are there. */
 void session_start(struct session *session, enum mover_role role, bool all_first);
-/* Takes over from a mover that died: the agent says where it stands. */
+/* Takes over from a mover that died: the agent says where it stands, whether all is proven, and
+ * whether the guest is paused. */
 void session_resume(struct session *session, enum mover_role role, enum mover_phase phase,
-                    bool proven);
+                    bool proven, bool held);
 /* Takes one event. The actions of it are in `actions`, to be done in order before the next one. */
 void session_take(struct session *session, const struct session_event *event);
 

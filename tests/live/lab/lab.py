@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laboratory: one directory, one memd, some guests, and the certainty that they end."""
 import functools
+import json
 import os
 import shutil
 import signal
@@ -55,6 +56,7 @@ class Lab:
         if self.keep:
             return
         self._stop_memd()
+        self._end_movers()
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.kill()
@@ -72,6 +74,17 @@ class Lab:
                 self.memd.wait(10)
             except subprocess.TimeoutExpired:
                 pass  # killed with the others
+
+    def _end_movers(self):
+        """They outlive their memd, and would wait for the next one."""
+        try:
+            with open(os.path.join(self.directory, "state", "migrations.json")) as file:
+                pids = [each["pid"] for each in json.load(file)]
+        except (FileNotFoundError, ValueError):
+            return
+        for pid in pids:
+            if pid and machine.thread_name(pid, pid) == "memd-mover":
+                os.kill(pid, signal.SIGKILL)
 
     # ---- processes ----
 
