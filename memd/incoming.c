@@ -18,10 +18,11 @@
 #include "daemon.h"
 #include "log.h"
 #include "migration.h"
+#include "monitor.h"
 
 /* What the VMM finds in its environment: nothing of memd's own but the way to it. */
 struct surroundings {
-    char token[64], socket[160], home[CONFIG_WORD_BYTES + 8];
+    char token[64], socket[160], home[CONFIG_WORD_BYTES + 8], monitor[GUEST_WORDS + 16];
 };
 
 static void surround(const struct daemon *daemon, const struct guest *guest,
@@ -33,6 +34,7 @@ static void surround(const struct daemon *daemon, const struct guest *guest,
     snprintf(ret_around->socket, sizeof(ret_around->socket), "MEMD_AGENT_SOCKET=%s",
              daemon->agents.path);
     snprintf(ret_around->home, sizeof(ret_around->home), "HOME=%s", user ? user->pw_dir : "/");
+    snprintf(ret_around->monitor, sizeof(ret_around->monitor), "MEMD_QMP=%s", guest->qmp);
 }
 
 /* It is not to be spared when memory is short, as memd is, and not to be favoured as memd may be.
@@ -75,7 +77,11 @@ static void be_the_vmm(const struct config_guest *configured, int go)
 {
     struct surroundings around;
     char *environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                           around.token, around.socket, around.home, NULL};
+                           around.token,
+                           around.socket,
+                           around.home,
+                           around.monitor,
+                           NULL};
 
     if (read(go, &around, sizeof(around)) != sizeof(around))
         _exit(126);
@@ -109,6 +115,8 @@ static int enlist(struct daemon *daemon, const struct config_guest *configured, 
     strcpy(request.name, configured->name);
     snprintf(request.vmm, sizeof(request.vmm), "%.31s",
              slash ? slash + 1 : configured->incoming[0]);
+    if (!monitor_make_place(daemon, configured->name, configured->incoming_uid, request.qmp))
+        request.qmp[0] = '\0';
     return registry_add(daemon, &request, ret_guest, words, words_bytes);
 }
 

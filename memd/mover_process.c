@@ -21,11 +21,12 @@
 #include "host.h"
 #include "log.h"
 #include "migration.h"
+#include "monitor.h"
 #include "mover_protocol.h"
 
 #define MOVER_USER  "memd-mover"
 #define NOBODY      65534U
-#define FDS_MAX     4
+#define FDS_MAX     5
 #define ORDERS_TURN 16
 
 /* ---- descriptors ---- */
@@ -145,10 +146,17 @@ void mover_process_give_guest(struct migration *migration, int result, const cha
                               int agent_fd)
 {
     struct order_guest message = {.header = {ORDER_GUEST, sizeof(message)}, .result = result};
+    const struct guest *guest = registry_find(migration->daemon, migration->start.name);
+    int fds[2] = {agent_fd, -1};
+    uint32_t count = agent_fd >= 0;
 
+    if (count && guest && monitor_connect(guest, &fds[1]) == 0)
+        message.has_monitor = count++;
     snprintf(message.words, sizeof(message.words), "%s", words);
     if (migration->orders.fd >= 0)
-        (void)send_with(migration->orders.fd, &message, sizeof(message), &agent_fd, agent_fd >= 0);
+        (void)send_with(migration->orders.fd, &message, sizeof(message), fds, count);
+    if (fds[1] >= 0)
+        close(fds[1]);
 }
 
 /* ---- hearing ---- */
@@ -371,7 +379,10 @@ static int collect(struct migration *migration, int first, int *fds)
     }
     if (first >= 0)
         fds[count++] = first;
-    return count;
+    migration->start.has_monitor = migration->source || migration->start.takes_over
+                                       ? monitor_connect(guest, &fds[count]) == 0
+                                       : 0;
+    return count + (int)migration->start.has_monitor;
 }
 
 static int start_with(struct migration *migration, const int *fds, uint32_t count)
@@ -399,7 +410,7 @@ static int start_with(struct migration *migration, const int *fds, uint32_t coun
 
 int mover_process_start(struct migration *migration, int first)
 {
-    int fds[FDS_MAX] = {-1, -1, -1, -1}, count, result;
+    int fds[FDS_MAX] = {-1, -1, -1, -1, -1}, count, result;
 
     fill_start(migration);
     count = collect(migration, first, fds);

@@ -216,8 +216,13 @@ static bool place_qmp(struct run *run, const char *directory, int length)
 static void choose_qmp(struct run *run)
 {
     const char *socket = run->arguments->socket, *slash = strrchr(socket, '/');
-    const char *runtime = getenv("XDG_RUNTIME_DIR");
+    const char *runtime = getenv("XDG_RUNTIME_DIR"), *given = getenv("MEMD_QMP");
 
+    if (run->arguments->value[RUN_INCOMING] && given && *given &&
+        strlen(given) < sizeof(run->qmp_path)) {
+        strcpy(run->qmp_path, given);
+        return;
+    }
     if (place_qmp(run, slash ? socket : ".", slash ? (int)(slash - socket) + 1 : 1))
         return;
     if (runtime && place_qmp(run, runtime, (int)strlen(runtime)))
@@ -384,7 +389,8 @@ static void offer_to_kernel(const struct run *run)
 
 static enum ctl_status start(const struct run *run)
 {
-    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR"};
+    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR",
+                                       "MEMD_QMP"};
 
     for (size_t i = 0; i < sizeof(ours) / sizeof(ours[0]); i++)
         unsetenv(ours[i]); /* of a VMM that we were started from */
@@ -394,6 +400,20 @@ static enum ctl_status start(const struct run *run)
     execv(run->path, run->argv);
     ctl_say("%s could not be started: %s", run->path, strerror(errno));
     return CTL_FAILED;
+}
+
+/* memd itself has started us, for a guest that is on its way and registered. */
+static bool is_expected(const struct run *run)
+{
+    return run->arguments->value[RUN_INCOMING] && getenv("MEMD_TOKEN") &&
+           getenv("MEMD_AGENT_SOCKET");
+}
+
+static enum ctl_status start_expected(struct run *run)
+{
+    enum ctl_status status = prepare(run, true, getenv("MEMD_AGENT_SOCKET"), getenv("MEMD_TOKEN"));
+
+    return status == CTL_DONE ? start(run) : status;
 }
 
 static enum ctl_status register_and_start(struct run *run)
@@ -523,7 +543,9 @@ enum ctl_status ctl_run_run(const struct ctl_arguments *arguments)
     if (status == CTL_DONE && !run.agent)
         ctl_say("%s", run.reason);
     if (status == CTL_DONE)
-        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run) : register_and_start(&run);
+        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run)
+                 : is_expected(&run)           ? start_expected(&run)
+                                               : register_and_start(&run);
     free_run(&run);
     return status;
 }

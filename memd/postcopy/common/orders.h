@@ -44,7 +44,8 @@ struct order_header {
 
 /* Descriptors of START, in this order, those that there are: the listener for the next memd; the
  * agent's socket (source; destination when it takes over); the listener for the peer, and the
- * peer's first connection (destination, the latter not when it takes over). */
+ * peer's first connection (destination, the latter not when it takes over); and where there is an
+ * agent's socket, a connection to QEMU's monitor, if has_monitor says so. */
 struct order_start {
     struct order_header header;
     uint32_t version;
@@ -63,13 +64,14 @@ struct order_start {
     uint32_t data_port; /* source, takes over: the destination mover's own */
     uint32_t uid, gid;  /* to run as */
     char tls_cert[ORDERS_WORD_BYTES], tls_key[ORDERS_WORD_BYTES], tls_ca[ORDERS_WORD_BYTES];
+    uint32_t has_monitor, unused;
 };
 
 struct order_guest {
     struct order_header header;
-    int32_t result; /* 0 or -errno */
-    uint32_t unused;
-    char words[200]; /* for the other host's operator */
+    int32_t result;       /* 0 or -errno */
+    uint32_t has_monitor; /* 1: a connection to QEMU's monitor comes behind the agent's socket */
+    char words[200];      /* for the other host's operator */
 };
 
 struct order_plain {

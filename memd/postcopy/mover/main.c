@@ -82,13 +82,17 @@ int main(int argc, char **argv)
         const char *name;
         int (*start)(struct mover *mover);
     } parts[] = {
-        {"orders", orders_receive_start},     {"certificates", read_certificates},
-        {"the other host", find_host},        {"the sandbox", close_sandbox},
+        {"orders", orders_receive_start},
+        {"certificates", read_certificates},
+        {"the other host", find_host},
+        {"the sandbox", close_sandbox},
+        {"QEMU's monitor", orders_drive_monitor},
         {"the first connection", take_first},
     };
     static struct mover mover = {.memd = STDIN_FILENO,
                                  .memd_listener = -1,
                                  .agent = -1,
+                                 .monitor = -1,
                                  .listener = -1,
                                  .first = -1,
                                  .state = {.fd = -1}};

@@ -48,6 +48,7 @@ struct mover {
 
     /* the agent */
     int agent;
+    int monitor;         /* QEMU's, until the driver has it; -1 */
     bool agent_is_known; /* HELLO and all regions have come */
     struct mover_hello hello;
     struct mover_region regions[PEER_REGIONS_MAX];
@@ -106,6 +107,8 @@ void mover_say_why(struct mover *mover, const char *format, ...)
 
 /* What memd-mover was started for; the descriptors go where they belong. -EPROTO. */
 int orders_receive_start(struct mover *mover);
+/* Where there are an agent and a monitor, the two become one. 0 or -errno: the agent is gone. */
+int orders_drive_monitor(struct mover *mover);
 /* Each reads all there is. */
 void orders_read(struct mover *mover);
 void orders_accept(struct mover *mover);

@@ -8,9 +8,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "drive_qemu.h"
 #include "mover.h"
 
-#define FDS_MAX      4
+#define FDS_MAX      5
 #define STATUS_DUE   (200 * NS_PER_MS)
 #define START_WAIT_S 10
 
@@ -62,7 +63,7 @@ static bool texts_end(const struct order_start *start)
 static bool place(struct mover *mover, const int *fds, uint32_t count)
 {
     bool source = mover->start.role == MOVER_SOURCE, takes_over = mover->start.takes_over;
-    uint32_t wanted = source ? 2 : 3, next = 0;
+    uint32_t wanted = (source ? 2 : 3) + (mover->start.has_monitor ? 1 : 0), next = 0;
 
     if (count != wanted)
         return false;
@@ -72,7 +73,9 @@ static bool place(struct mover *mover, const int *fds, uint32_t count)
     if (!source)
         mover->listener = fds[next++];
     if (!source && !takes_over)
-        mover->first = fds[next];
+        mover->first = fds[next++];
+    if (mover->start.has_monitor)
+        mover->monitor = fds[next];
     return true;
 }
 
@@ -80,7 +83,7 @@ int orders_receive_start(struct mover *mover)
 {
     struct order_start *start = &mover->start;
     struct timeval patience = {.tv_sec = START_WAIT_S};
-    int fds[FDS_MAX] = {-1, -1, -1, -1};
+    int fds[FDS_MAX] = {-1, -1, -1, -1, -1};
     uint32_t count = 0;
     ssize_t got;
 
@@ -101,22 +104,39 @@ int orders_receive_start(struct mover *mover)
     return place(mover, fds, count) ? 0 : -EPROTO;
 }
 
-static void take_guest(struct mover *mover, const struct order_guest *guest, int *fd)
+int orders_drive_monitor(struct mover *mover)
+{
+    int agent = mover->agent, monitor = mover->monitor;
+
+    if (agent < 0 || monitor < 0)
+        return 0;
+    mover->agent = mover->monitor = -1;
+    return drive_qemu_start(agent, monitor, &mover->agent);
+}
+
+/* fds: the agent's socket, and perhaps the monitor's. */
+static void take_guest(struct mover *mover, const struct order_guest *guest, int *fds)
 {
     if (mover->session.state != DESTINATION_STARTING || mover->agent >= 0)
         return;
-    if (guest->result || *fd < 0) {
+    if (guest->result || fds[0] < 0) {
         mover_say_why(mover, "%.*s", (int)sizeof(guest->words) - 1, guest->words);
         mover_event(mover,
                     &(struct session_event){.type = EVENT_GUEST,
                                             .value = guest->result ? guest->result : -EBADF});
         return;
     }
-    mover->agent = *fd; /* its HELLO comes now */
-    *fd = -1;
+    mover->agent = fds[0]; /* its HELLO comes now */
+    fds[0] = -1;
+    if (guest->has_monitor) {
+        mover->monitor = fds[1];
+        fds[1] = -1;
+    }
+    if (orders_drive_monitor(mover) < 0)
+        mover_event(mover, &(struct session_event){.type = EVENT_GUEST, .value = -ENOMEM});
 }
 
-static void take(struct mover *mover, const uint8_t *message, size_t bytes, int *fd)
+static void take(struct mover *mover, const uint8_t *message, size_t bytes, int *fds)
 {
     struct order_header header;
     struct order_guest guest;
@@ -126,7 +146,7 @@ static void take(struct mover *mover, const uint8_t *message, size_t bytes, int 
     memcpy(&header, message, sizeof(header));
     if (header.type == ORDER_GUEST && bytes == sizeof(guest)) {
         memcpy(&guest, message, sizeof(guest));
-        take_guest(mover, &guest, fd);
+        take_guest(mover, &guest, fds);
     } else if (header.type == ORDER_CANCEL) {
         if (session_may_cancel(&mover->session))
             mover_say_why(mover, "it was cancelled");
@@ -146,14 +166,14 @@ void orders_read(struct mover *mover)
 {
     while (mover->memd >= 0) {
         _Alignas(8) uint8_t message[ORDERS_MAX_MESSAGE];
-        int fds[FDS_MAX] = {-1, -1, -1, -1};
+        int fds[FDS_MAX] = {-1, -1, -1, -1, -1};
         uint32_t count = 0;
         ssize_t got = receive(mover->memd, message, sizeof(message), fds, &count, MSG_DONTWAIT);
 
         if (got == -EAGAIN || got == -EINTR)
             return;
         if (got > 0)
-            take(mover, message, (size_t)got, &fds[0]);
+            take(mover, message, (size_t)got, fds);
         else
             lose_memd(mover);
         for (int i = 0; i < FDS_MAX; i++) {
