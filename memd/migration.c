@@ -543,8 +543,8 @@ static void can_accept(struct loop_watch *watch, uint32_t events)
     for (int i = 0; i < ACCEPT_TURN; i++) {
         struct sockaddr_storage address;
         socklen_t bytes = sizeof(address);
-        int fd =
-            accept4(watch->fd, (struct sockaddr *)&address, &bytes, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        int fd = accept4(daemon->migrations.listener, (struct sockaddr *)&address, &bytes,
+                         SOCK_CLOEXEC | SOCK_NONBLOCK);
 
         if (fd < 0)
             return;
