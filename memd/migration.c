@@ -132,14 +132,14 @@ static json_t *record_of(const struct migration *migration)
     char session[2 * ORDERS_SESSION_BYTES + 1];
 
     hex(start->session, sizeof(start->session), session);
-    return json_pack("{s:s,s:b,s:b,s:s,s:s,s:i,s:I,s:s,s:i,s:i,s:i,s:I,s:b,s:f,s:s}", "guest",
-                     start->name, "source", migration->source, "over", migration->over, "session",
-                     session, "socket", migration->socket, "pid", (int)migration->pid, "start_time",
-                     (json_int_t)migration->start_time, "host", start->host, "port",
-                     (int)start->port, "data_port", (int)start->data_port, "listen_port",
-                     (int)migration->listen_port, "bandwidth", (json_int_t)start->bandwidth,
-                     "precopy_only", (int)start->precopy_only, "began", migration->began_s,
-                     "outcome", outcome_names[migration->status.outcome]);
+    return json_pack(
+        "{s:s,s:s,s:b,s:b,s:s,s:s,s:i,s:I,s:s,s:i,s:i,s:i,s:I,s:b,s:f,s:s}", "guest", start->name,
+        "peer", migration->peer, "source", migration->source, "over", migration->over, "session",
+        session, "socket", migration->socket, "pid", (int)migration->pid, "start_time",
+        (json_int_t)migration->start_time, "host", start->host, "port", (int)start->port,
+        "data_port", (int)start->data_port, "listen_port", (int)migration->listen_port, "bandwidth",
+        (json_int_t)start->bandwidth, "precopy_only", (int)start->precopy_only, "began",
+        migration->began_s, "outcome", outcome_names[migration->status.outcome]);
 }
 
 static json_t *list_of_migrations(void *owner)
@@ -269,6 +269,22 @@ static void note_route(struct migration *migration, const struct order_status *s
         save(migration->daemon);
 }
 
+/* A mover that takes over knows nothing of what its predecessor saw. */
+static void add_what_was_before(struct migration *migration)
+{
+    const struct order_status *before = &migration->before;
+    struct order_status *now = &migration->status;
+
+    if (!before->header.type)
+        return;
+    now->downtime_ns = now->downtime_ns ? now->downtime_ns : before->downtime_ns;
+    now->precopy_ns = now->precopy_ns ? now->precopy_ns : before->precopy_ns;
+    now->postcopy_ns += before->postcopy_ns;
+    now->elapsed_ns += before->elapsed_ns;
+    now->reconnects += before->reconnects;
+    now->bytes_sent += before->bytes_sent;
+}
+
 void migration_heard_status(struct migration *migration, const struct order_status *status)
 {
     if (migration->over && !migration->start.name[0])
@@ -282,6 +298,7 @@ void migration_heard_status(struct migration *migration, const struct order_stat
                    migration->peer);
     migration->deaths = 0;
     migration->status = *status;
+    add_what_was_before(migration);
     note_route(migration, status);
     if (status->outcome != ORDER_GOES_ON)
         come_to_an_end(migration);
@@ -404,6 +421,7 @@ void migration_lost_mover(struct migration *migration)
     if (migration->over)
         return;
     log_warning("guest '%s': its mover has died; another one takes over", migration->start.name);
+    migration->before = migration->status;
     events_emit(&daemon->events, "mover_died", migration->start.name, NULL);
     if (!migration->source && !migration->arrived) {
         fail(migration, "its mover has died");
@@ -543,8 +561,8 @@ static void can_accept(struct loop_watch *watch, uint32_t events)
     for (int i = 0; i < ACCEPT_TURN; i++) {
         struct sockaddr_storage address;
         socklen_t bytes = sizeof(address);
-        int fd =
-            accept4(watch->fd, (struct sockaddr *)&address, &bytes, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        int fd = accept4(daemon->migrations.listener, (struct sockaddr *)&address, &bytes,
+                         SOCK_CLOEXEC | SOCK_NONBLOCK);
 
         if (fd < 0)
             return;
@@ -668,23 +686,26 @@ json_t *migration_status(const struct daemon *daemon, const char *name)
 
 static bool read_record(const json_t *json, struct migration *migration)
 {
-    const char *name, *session, *socket, *host, *outcome;
+    const char *name, *peer, *session, *socket, *host, *outcome;
     int source, over, pid, port, data_port, listen_port, precopy_only;
     json_int_t start_time, bandwidth;
     double began;
     struct order_start *start = &migration->start;
 
-    if (json_unpack((json_t *)json, "{s:s,s:b,s:b,s:s,s:s,s:i,s:I,s:s,s:i,s:i,s:i,s:I,s:b,s:F,s:s}",
-                    "guest", &name, "source", &source, "over", &over, "session", &session, "socket",
-                    &socket, "pid", &pid, "start_time", &start_time, "host", &host, "port", &port,
-                    "data_port", &data_port, "listen_port", &listen_port, "bandwidth", &bandwidth,
-                    "precopy_only", &precopy_only, "began", &began, "outcome", &outcome) ||
+    if (json_unpack(
+            (json_t *)json, "{s:s,s:s,s:b,s:b,s:s,s:s,s:i,s:I,s:s,s:i,s:i,s:i,s:I,s:b,s:F,s:s}",
+            "guest", &name, "peer", &peer, "source", &source, "over", &over, "session", &session,
+            "socket", &socket, "pid", &pid, "start_time", &start_time, "host", &host, "port", &port,
+            "data_port", &data_port, "listen_port", &listen_port, "bandwidth", &bandwidth,
+            "precopy_only", &precopy_only, "began", &began, "outcome", &outcome) ||
         !config_name_is_good(name) || strlen(socket) >= sizeof(migration->socket) ||
-        strchr(socket, '/') || strlen(host) >= sizeof(start->host) ||
+        strchr(socket, '/') || strlen(peer) >= sizeof(migration->peer) ||
+        strlen(host) >= sizeof(start->host) ||
         !unhex(session, start->session, sizeof(start->session)))
         return false;
     strcpy(start->name, name);
     strcpy(start->host, host);
+    strcpy(migration->peer, peer);
     strcpy(migration->socket, socket);
     start->port = (uint32_t)port;
     start->data_port = (uint32_t)data_port;
@@ -717,8 +738,6 @@ static void restore(struct daemon *daemon, const json_t *json)
         forget(migration);
         return;
     }
-    snprintf(migration->peer, sizeof(migration->peer), "%s:%u", migration->start.host,
-             migration->start.port);
     migration->arrived = !migration->source;
     pid = migration->pid;
     migration->pid = 0;

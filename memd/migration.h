@@ -32,6 +32,7 @@ struct migration {
     struct daemon *daemon;
     struct order_start start; /* what its mover was or will be told */
     struct order_status status;
+    struct order_status before; /* of the mover that this one took over from */
     bool source, over;
     bool arrived;                     /* destination: its VMM was started */
     double began_s;                   /* wall clock, for people */
