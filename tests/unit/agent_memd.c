@@ -124,7 +124,7 @@ void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
         pthread_mutex_lock(&end->lock);
         given = end->fd >= 0;
         if (given)
-            say(end->fd, &message, sizeof(message), fd);
+            (void)send_with(end->fd, &message, sizeof(message), fd);
         pthread_mutex_unlock(&end->lock);
         if (!given)
             usleep(1000);
