@@ -69,6 +69,22 @@ void agents_ask_report(struct guest *guest)
         send_tune(guest->session, TUNE_REPORT);
 }
 
+bool agents_can_move(const struct session *session)
+{
+    return is_welcome(session) && session->features & FEATURE_MOVE;
+}
+
+int agents_give_mover(struct guest *guest, uint32_t role, int socket)
+{
+    struct message_mover message = {{MESSAGE_MOVER, sizeof(message)}, role, 0};
+
+    if (!guest->session || !is_welcome(guest->session))
+        return -ENOTCONN;
+    if (!agents_can_move(guest->session))
+        return -EOPNOTSUPP;
+    return session_send(guest->session, &message, sizeof(message), &socket, 1);
+}
+
 /* ---- HELLO ---- */
 
 static int refuse(struct session *session, int error, const char *text)
@@ -204,9 +220,10 @@ static int enter(struct session *session, struct guest *guest, const struct mess
     result = session_equip(session, domain, &ring_fd);
     if (result)
         return refuse(session, -result, "memd has no memory for one more agent");
-    session->features =
-        daemon->config.engine == SHARING_AGENT ? hello->features & FEATURE_SHARE : 0;
-    if (session->features)
+    session->features = hello->features & FEATURE_MOVE;
+    if (daemon->config.engine == SHARING_AGENT)
+        session->features |= hello->features & FEATURE_SHARE;
+    if (session->features & FEATURE_SHARE)
         daemon->agents.sharing++;
     adopt_threads(session, hello);
     session->state = hello->held ? SESSION_HOLDING : SESSION_SERVING;

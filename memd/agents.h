@@ -39,6 +39,12 @@ int agents_detach(struct guest *guest, bool rejoin, const char *words);
 /* Asks for fresh STATS. */
 void agents_ask_report(struct guest *guest);
 
+/* Can the agent move its guest? */
+bool agents_can_move(const struct session *session);
+/* Gives the agent the socket of a mover (enum mover_role); it stays the caller's, too. -ENOTCONN,
+ * -EOPNOTSUPP. */
+int agents_give_mover(struct guest *guest, uint32_t role, int socket);
+
 /* DETACHED came: ends the session; the guest rejoins or is forgotten. */
 void agents_detached(struct session *session);
 /* Two sessions of one guest that have ended, `now` within its own end: the one that stands for more

@@ -316,7 +316,6 @@ static int set_key(struct parse *parse, size_t index, const char *value)
                     parse->lines[index]);
     parse->lines[index] = parse->line;
     parse->config.vault_set |= strcmp(key->section, "vault") == 0;
-    parse->config.migration_set |= strcmp(key->section, "migration") == 0;
     switch (key->kind) {
     case KIND_PATH:
     case KIND_ADDRESS: return set_word(parse, key, value);
@@ -444,6 +443,58 @@ static int set_guest_size(struct parse *parse, const char *key, const char *valu
     return 1;
 }
 
+static int add_incoming(struct parse *parse, struct config_guest *guest, const char *word,
+                        size_t length)
+{
+    char **words = realloc(guest->incoming, (guest->incoming_count + 2) * sizeof(*words));
+    char *copy = strndup(word, length);
+
+    if (words)
+        guest->incoming = words;
+    if (!words || !copy) {
+        free(copy);
+        return fail(parse, "out of memory");
+    }
+    words[guest->incoming_count++] = copy;
+    words[guest->incoming_count] = NULL;
+    return 1;
+}
+
+/* Words between blanks; one in double quotes may have blanks. Nothing else means anything: no shell
+ * sees them. Called again for each indented line. */
+static int set_incoming(struct parse *parse, struct config_guest *guest, const char *value)
+{
+    for (const char *at = value + strspn(value, " \t"); *at; at += strspn(at, " \t")) {
+        bool quoted = *at == '"';
+        size_t length = quoted ? strcspn(++at, "\"") : strcspn(at, " \t");
+
+        if (quoted && !at[length])
+            return fail(parse, "incoming: a double quote is not closed in this line");
+        if (!guest->incoming_count && *at != '/')
+            return fail(parse, "incoming: '%s' does not begin with the absolute path of a VMM",
+                        value);
+        if (!add_incoming(parse, guest, at, length))
+            return 0;
+        at += length + quoted;
+    }
+    return 1;
+}
+
+static int set_incoming_user(struct parse *parse, struct config_guest *guest, const char *word)
+{
+    const struct passwd *user = getpwnam(word);
+    uint64_t uid;
+
+    if (guest->has_incoming_uid)
+        return fail(parse, "incoming_user is given twice; keep one");
+    if (!user && (!config_size_parse(word, &uid) || uid >= UINT32_MAX ||
+                  !isdigit((unsigned char)word[strlen(word) - 1])))
+        return fail(parse, "incoming_user: '%s' is neither a number nor a user of this host", word);
+    guest->incoming_uid = user ? user->pw_uid : (uid_t)uid;
+    guest->has_incoming_uid = true;
+    return 1;
+}
+
 /* Checked at once where the section says both, so that the line is that of the second one. */
 static int check_guest_sizes(struct parse *parse, const struct config_guest *guest)
 {
@@ -483,7 +534,13 @@ static int set_guest(struct parse *parse, const char *name, const char *key, con
         guest->domain_line = parse->line;
         return 1;
     }
-    return fail(parse, "a guest has no '%s'; it has max, min, shares and domain", key);
+    if (strcmp(key, "incoming") == 0)
+        return set_incoming(parse, guest, value);
+    if (strcmp(key, "incoming_user") == 0)
+        return set_incoming_user(parse, guest, value);
+    return fail(parse,
+                "a guest has no '%s'; it has max, min, shares, domain, incoming and incoming_user",
+                key);
 }
 
 /* "domain web" into "web"; NULL when the section is no such thing. */
@@ -562,11 +619,30 @@ static bool guests_domains_exist(struct parse *parse)
     for (size_t i = 0; i < parse->config.guest_count; i++) {
         const struct config_guest *guest = &parse->config.guests[i];
 
+        if (guest->incoming_count && (!guest->has_max || !guest->has_incoming_uid)) {
+            fail(parse, "[guest %s]: incoming needs max and incoming_user with it", guest->name);
+            return false;
+        }
         if (!guest->has_domain || config_domain_find(&parse->config, guest->domain))
             continue;
         parse->line = guest->domain_line;
         fail(parse, "[guest %s]: there is no [domain %s]; add it with its uids", guest->name,
              guest->domain);
+        return false;
+    }
+    return true;
+}
+
+/* Who takes guests from other hosts says how they prove who they are. */
+static bool migration_is_safe(struct parse *parse)
+{
+    const struct config *config = &parse->config;
+    bool some = config->tls_cert[0] || config->tls_key[0] || config->tls_ca[0];
+    bool all = config->tls_cert[0] && config->tls_key[0] && config->tls_ca[0];
+
+    if ((some && !all) || (config->migration_listen[0] && !all && !config->plain)) {
+        fail(parse, "[migration]: give tls_cert, tls_key and tls_ca, all three (or plain = yes, "
+                    "where everybody on the network may read and change your guests)");
         return false;
     }
     return true;
@@ -630,7 +706,7 @@ int config_load(const char *path, struct config *ret_config, char *error)
         parse.line = bad_line;
         fail(&parse, "neither [section] nor key = value");
     }
-    if (error[0] || !guests_domains_exist(&parse)) {
+    if (error[0] || !guests_domains_exist(&parse) || !migration_is_safe(&parse)) {
         config_free(&parse.config);
         return -EINVAL;
     }
@@ -649,8 +725,6 @@ void config_say_what_waits(const struct config *config, void (*say)(const char *
     }
     if (config->vault_set)
         say("[vault] has no effect: this version of memd evicts nothing yet");
-    if (config->migration_set)
-        say("[migration] has no effect: this version of memd migrates nothing yet");
     if (promised)
         say("max of a guest is what it is counted with; this version of memd does not keep a guest "
             "below it yet");
@@ -668,6 +742,11 @@ void config_free(struct config *config)
             free(domain->neutral[file]);
         free(domain->neutral);
         free(domain->uids);
+    }
+    for (size_t i = 0; i < config->guest_count; i++) {
+        for (size_t word = 0; word < config->guests[i].incoming_count; word++)
+            free(config->guests[i].incoming[word]);
+        free(config->guests[i].incoming);
     }
     free(config->domains);
     free(config->guests);

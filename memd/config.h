@@ -37,6 +37,12 @@ struct config_guest {
     char domain[NAME_BYTES];
     bool has_max, has_min, has_shares, has_domain;
     int domain_line;
+    /* What is started when a guest of this name arrives: words, NULL behind the last; and as whom.
+     */
+    char **incoming;
+    size_t incoming_count;
+    uid_t incoming_uid;
+    bool has_incoming_uid;
 };
 
 struct config {
@@ -61,7 +67,6 @@ struct config {
     uint64_t migration_bandwidth_bytes; /* a second */
     char tls_cert[CONFIG_WORD_BYTES], tls_key[CONFIG_WORD_BYTES], tls_ca[CONFIG_WORD_BYTES];
     bool plain;
-    bool migration_set;
     /* [metrics]; empty: on the control socket only */
     char metrics_listen[CONFIG_WORD_BYTES];
 

@@ -241,6 +241,7 @@ static const struct part {
     {"trust domains", domains_start, domains_stop},
     {"guests", start_registry, stop_registry},
     {"agents", agents_start, stop_agents},
+    {"migrations", migration_start, migration_stop},
     {"control socket", control_start, control_stop},
 };
 #define PART_COUNT (sizeof(parts) / sizeof(parts[0]))
@@ -282,6 +283,7 @@ void daemon_stop(struct daemon *daemon)
 {
     (void)sd_notify(0, "STOPPING=1");
     state_saver_settle(&daemon->registry.saver);
+    state_saver_settle(&daemon->migrations.saver);
     stop_from(daemon, PART_COUNT);
 }
 
@@ -328,6 +330,7 @@ void daemon_reload(struct daemon *daemon)
     agents_reload(daemon, &old);
     agents_tune(daemon);
     control_reload(daemon);
+    migration_reload(daemon);
     say_about(&fresh);
     config_free(&old);
     log_notice("%s was read again", daemon->config_path);

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -148,6 +149,8 @@ static void say_ready(int ready)
 
 int main(int count, char **words)
 {
+    /* Movers and VMMs that memd starts are watched by their pidfds: nobody waits for them. */
+    struct sigaction unwaited = {.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDWAIT};
     struct options options = {.level = LOG_LEVEL_NOTICE};
     struct config config;
     struct daemon daemon;
@@ -165,6 +168,7 @@ int main(int count, char **words)
     }
     if (!options.foreground && !getenv("NOTIFY_SOCKET") && go_background(&ready))
         return 1;
+    sigaction(SIGCHLD, &unwaited, NULL);
     /* A file that is put there later is read by SIGHUP. */
     if (daemon_start(&daemon, &config, options.config ? options.config : DEFAULT_CONFIG))
         return 1;

@@ -285,6 +285,13 @@ static void process_died(struct loop_watch *watch, uint32_t events)
                               : "its process has ended");
 }
 
+void registry_end_process(struct guest *guest, const char *why)
+{
+    log_notice("guest '%s': its VMM (pid %d) is ended: %s", guest->name, (int)guest->pid, why);
+    if (guest->death.fd >= 0)
+        host_process_end(guest->death.fd);
+}
+
 static void grace_is_over(struct loop_timer *timer)
 {
     struct guest *guest = timer->owner;

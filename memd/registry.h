@@ -119,6 +119,9 @@ int registry_add(struct daemon *daemon, const struct guest_request *request,
 /* Forgets the guest; its session, if any, is ended. event: what is said about it. */
 void registry_remove(struct guest *guest, const char *event, const char *why);
 
+/* Ends its VMM; the guest goes when that is seen. */
+void registry_end_process(struct guest *guest, const char *why);
+
 struct guest *registry_find(const struct daemon *daemon, const char *name);
 struct guest *registry_find_token(const struct daemon *daemon, const char *token);
 

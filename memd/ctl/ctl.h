@@ -148,12 +148,14 @@ enum ctl_status ctl_detach_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_doctor_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_events_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_guest_run(const struct ctl_arguments *arguments);
+enum ctl_status ctl_migrate_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_run_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_set_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_status_run(const struct ctl_arguments *arguments);
 
 extern const struct ctl_option ctl_analyze_options[];
 extern const struct ctl_option ctl_events_options[];
+extern const struct ctl_option ctl_migrate_options[];
 extern const struct ctl_option ctl_run_options[];
 
 #endif

@@ -39,7 +39,16 @@
 #define VMM_NAME_CHARS 31
 #define SHARES_MAX     1000000
 
-enum { RUN_NAME, RUN_MAX, RUN_MIN, RUN_SHARES, RUN_DOMAIN, RUN_DRY_RUN, RUN_NO_MIGRATE };
+enum {
+    RUN_NAME,
+    RUN_MAX,
+    RUN_MIN,
+    RUN_SHARES,
+    RUN_DOMAIN,
+    RUN_DRY_RUN,
+    RUN_INCOMING,
+    RUN_NO_MIGRATE
+};
 
 const struct ctl_option ctl_run_options[] = {
     [RUN_NAME] = {.name = "name", .value = "NAME", .help = "the guest's name (needed)"},
@@ -50,6 +59,7 @@ const struct ctl_option ctl_run_options[] = {
                     .value = "DOMAIN",
                     .help = "share with guests of this domain"},
     [RUN_DRY_RUN] = {.name = "dry-run", .help = "print the command, and start nothing"},
+    [RUN_INCOMING] = {.name = "incoming", .help = "wait for a guest from another host"},
     [RUN_NO_MIGRATE] = {.name = "no-migrate", .help = "leave the guest's RAM where QEMU puts it"},
     {0},
 };
@@ -153,6 +163,24 @@ static enum ctl_status find_vmm(struct run *run)
 
 /* ---- 2. QEMU ---- */
 
+/* A guest that is to come here finds its memory in the agent, or nowhere. */
+static enum ctl_status check_incoming(const struct run *run)
+{
+    if (!run->arguments->value[RUN_INCOMING])
+        return CTL_DONE;
+    if (!run->agent || run->arguments->value[RUN_NO_MIGRATE] || (run->qemu && !run->put_ram)) {
+        ctl_say("run: no guest can come here: %s", !run->agent ? run->reason
+                                                   : run->arguments->value[RUN_NO_MIGRATE]
+                                                       ? "--no-migrate"
+                                                       : "memd can't bring its RAM");
+        return run->agent && run->arguments->value[RUN_NO_MIGRATE] ? CTL_USAGE : CTL_FAILED;
+    }
+    if (!run->line.incoming)
+        return CTL_DONE;
+    ctl_say("run: --incoming adds QEMU's -incoming by itself");
+    return CTL_USAGE;
+}
+
 static bool on_tmpfs(const char *directory)
 {
     struct statfs status;
@@ -194,8 +222,13 @@ static bool place_qmp(struct run *run, const char *directory, int length)
 static void choose_qmp(struct run *run)
 {
     const char *socket = run->arguments->socket, *slash = strrchr(socket, '/');
-    const char *runtime = getenv("XDG_RUNTIME_DIR");
+    const char *runtime = getenv("XDG_RUNTIME_DIR"), *given = getenv("MEMD_QMP");
 
+    if (run->arguments->value[RUN_INCOMING] && given && *given &&
+        strlen(given) < sizeof(run->qmp_path)) {
+        strcpy(run->qmp_path, given);
+        return;
+    }
     if (place_qmp(run, slash ? socket : ".", slash ? (int)(slash - socket) + 1 : 1))
         return;
     if (runtime && place_qmp(run, runtime, (int)strlen(runtime)))
@@ -245,7 +278,7 @@ static enum ctl_status read_vmm(struct run *run)
         ctl_say("run: --min is more than --max");
         return CTL_USAGE;
     }
-    return CTL_DONE;
+    return check_incoming(run);
 }
 
 /* ---- 3. registration ---- */
@@ -342,6 +375,7 @@ static enum ctl_status prepare(struct run *run, bool agent, const char *socket, 
     struct qemu_extras extras = {
         .qmp_path = run->qmp_path[0] ? run->qmp_path : NULL,
         .ram_directory = agent && run->put_ram ? RAM_DIRECTORY : NULL,
+        .incoming = run->arguments->value[RUN_INCOMING],
     };
 
     if (qemu_cmdline_extend(&run->line, &extras, run->vmm_argv, &run->argv) < 0 ||
@@ -363,7 +397,8 @@ static void offer_to_kernel(const struct run *run)
 
 static enum ctl_status start(const struct run *run)
 {
-    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR"};
+    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR",
+                                       "MEMD_QMP"};
 
     for (size_t i = 0; i < sizeof(ours) / sizeof(ours[0]); i++)
         unsetenv(ours[i]); /* of a VMM that we were started from */
@@ -375,6 +410,20 @@ static enum ctl_status start(const struct run *run)
     return CTL_FAILED;
 }
 
+/* memd itself has started us, for a guest that is on its way and registered. */
+static bool is_expected(const struct run *run)
+{
+    return run->arguments->value[RUN_INCOMING] && getenv("MEMD_TOKEN") &&
+           getenv("MEMD_AGENT_SOCKET");
+}
+
+static enum ctl_status start_expected(struct run *run)
+{
+    enum ctl_status status = prepare(run, true, getenv("MEMD_AGENT_SOCKET"), getenv("MEMD_TOKEN"));
+
+    return status == CTL_DONE ? start(run) : status;
+}
+
 static enum ctl_status register_and_start(struct run *run)
 {
     json_t *answer = NULL;
@@ -384,10 +433,15 @@ static enum ctl_status register_and_start(struct run *run)
 
     if (status != CTL_DONE)
         return status;
-    if (run->agent && !agent)
+    if (run->agent && !agent && run->arguments->value[RUN_INCOMING]) {
+        ctl_say("run: no guest can come here: memd uses no agents on this host");
+        status = CTL_FAILED;
+    } else if (run->agent && !agent) {
         ctl_say("memd uses no agents on this host: the guest is started without one");
-    status =
-        prepare(run, agent, ctl_json_text(answer, "agent_socket"), ctl_json_text(answer, "token"));
+    }
+    if (status == CTL_DONE)
+        status = prepare(run, agent, ctl_json_text(answer, "agent_socket"),
+                         ctl_json_text(answer, "token"));
     if (status == CTL_DONE && strcmp(engine, "kernel") == 0)
         offer_to_kernel(run);
     json_decref(answer);
@@ -497,7 +551,9 @@ enum ctl_status ctl_run_run(const struct ctl_arguments *arguments)
     if (status == CTL_DONE && !run.agent)
         ctl_say("%s", run.reason);
     if (status == CTL_DONE)
-        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run) : register_and_start(&run);
+        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run)
+                 : is_expected(&run)           ? start_expected(&run)
+                                               : register_and_start(&run);
     free_run(&run);
     return status;
 }

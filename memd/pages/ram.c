@@ -429,7 +429,10 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
         block->counts[to]++;
         if ((to == PLACE_SHARED) != (from == PLACE_SHARED))
             block->chunk_shared[ram_chunk_of(block, i)] += to == PLACE_SHARED ? 1 : -1;
-        block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
+        if (from == PLACE_REMOTE || to == PLACE_REMOTE)
+            block->table[i] = (uint8_t)to; /* the flags mean something else there */
+        else
+            block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
     }
 }
 

@@ -41,6 +41,9 @@
 #define TABLE_PATIENCE_MASK 0x30U
 #define TABLE_WAIT_UNIT     0x40U /* bits 6-7: quiet passes still to come before it is a candidate */
 #define TABLE_WAIT_MASK     0xc0U
+/* A remote page is neither patient nor waiting: there, one of these bits says that somebody waits
+ * for it and that it was asked for. */
+#define TABLE_REQUESTED 0x10U
 
 /* madvise() attributes that the VMM gave the whole block, and that must survive MAP_FIXED. */
 #define RAM_DONTFORK   1U
@@ -78,6 +81,7 @@ struct chunk {
     uint8_t hot_passes;  /* armed: passes in a row in which nearly all of it was written; huge:
                             the last backoff */
     uint8_t fruitless;   /* armed: looks in a row that found nothing new (scan.h) */
+    uint8_t tracked;     /* not armed: registered for write tracking alone, while it migrates */
     uint32_t changed_ms; /* huge: when the samples last were not what they had been */
     uint32_t samples[CHUNK_SAMPLES];
 };
@@ -187,6 +191,13 @@ void ram_reset_locks(struct guest_ram *ram);
 static inline uint8_t *ram_address(const struct ram_block *block, uint32_t index)
 {
     return block->base + (size_t)index * PAGE_BYTES;
+}
+
+/* Remote, and somebody waits for it. */
+static inline bool ram_requested(const struct ram_block *block, uint32_t index)
+{
+    return (block->table[index] & (TABLE_PLACE_MASK | TABLE_REQUESTED)) ==
+           (PLACE_REMOTE | TABLE_REQUESTED);
 }
 
 static inline uint8_t *ram_shadow(const struct ram_block *block, uint32_t index)

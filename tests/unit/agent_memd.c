@@ -115,6 +115,22 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
     pthread_mutex_unlock(&end->lock);
 }
 
+void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
+{
+    struct message_mover message = {{MESSAGE_MOVER, sizeof(message)}, role, 0};
+    bool given = false;
+
+    while (!given) { /* the agent connects in its own time */
+        pthread_mutex_lock(&end->lock);
+        given = end->fd >= 0;
+        if (given)
+            (void)send_with(end->fd, &message, sizeof(message), fd);
+        pthread_mutex_unlock(&end->lock);
+        if (!given)
+            usleep(1000);
+    }
+}
+
 void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages)
 {
     struct message_plain bell = {{MESSAGE_DOORBELL, sizeof(bell)}};

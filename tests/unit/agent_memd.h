@@ -28,6 +28,8 @@ void memd_end_stop(struct memd_end *end);
 void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int fd);
 /* Tells it to merge pages with slots, both ascending. */
 void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages);
+/* Gives the agent a mover (fd stays the caller's). */
+void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd);
 /* Does the last reason that the agent gave contain these words? */
 bool memd_end_heard(struct memd_end *end, const char *words);
 

@@ -3,7 +3,7 @@
 # memctl's own parts and the host's knowledge of QEMU.
 file(GLOB UNIT_CTL_SOURCES CONFIGURE_DEPENDS ctl_*.c)
 set(CTL_DIR ${PROJECT_SOURCE_DIR}/memd/ctl)
-add_executable(unit_ctl ${UNIT_CTL_SOURCES} ${CTL_DIR}/analyze_compress.c
+add_executable(unit_ctl ${UNIT_CTL_SOURCES} scripted_qemu.c ${CTL_DIR}/analyze_compress.c
                ${CTL_DIR}/analyze_count.c ${CTL_DIR}/analyze_elf.c ${CTL_DIR}/analyze_guest.c
                ${CTL_DIR}/analyze_source.c ${CTL_DIR}/image.c
                ${CTL_DIR}/needed.c ${CTL_DIR}/output.c ${CTL_DIR}/value.c)

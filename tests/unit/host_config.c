@@ -30,7 +30,8 @@ Test(host_config, everything_that_can_be_said_is_understood)
         "spill_budget = 2K\n[migration]\nlisten = [::1]:700\nbandwidth = 10M\ntls_cert = /c\n"
         "tls_key = /k\ntls_ca = /a\nplain = yes\n[metrics]\nlisten = 127.0.0.1:9417\n"
         "[domain web]\nuids = 0 1001\n    1002\nneutral = /a /b\n[guest db-1.x]\nmax = 4G\n"
-        "min = 1G\nshares = 7\ndomain = web\n";
+        "min = 1G\nshares = 7\ndomain = web\nincoming = /usr/bin/vmm --incoming\n"
+        "    \"a b\"  --end\nincoming_user = 1001\n";
     char error[CONFIG_ERROR_BYTES];
     struct config config;
 
@@ -40,13 +41,19 @@ Test(host_config, everything_that_can_be_said_is_understood)
     cr_assert_eq(config.engine, SHARING_KERNEL);
     cr_assert_eq(config.cpu_percent, 150);
     cr_assert_eq(config.vault_budget_bytes, 1ULL << 40);
-    cr_assert(config.plain && config.vault_set && config.migration_set);
+    cr_assert(config.plain && config.vault_set && config.migration_listen[0]);
     cr_assert_eq(config.domains[0].uid_count, 3);
     cr_assert(config_domain_admits(&config.domains[0], 1002));
     cr_assert_not(config_domain_admits(&config.domains[0], 1003));
     cr_assert_eq(config.domains[0].neutral_count, 2);
     cr_assert_str_eq(config.domains[0].neutral[1], "/b");
     cr_assert_eq(config_guest_find(&config, "db-1.x")->shares, 7);
+    cr_assert_eq(config.guests[0].incoming_count, 4);
+    cr_assert_str_eq(config.guests[0].incoming[0], "/usr/bin/vmm");
+    cr_assert_str_eq(config.guests[0].incoming[2], "a b");
+    cr_assert_str_eq(config.guests[0].incoming[3], "--end");
+    cr_assert_null(config.guests[0].incoming[4]);
+    cr_assert_eq(config.guests[0].incoming_uid, 1001);
     config_free(&config);
 }
 
@@ -116,6 +123,12 @@ ParameterizedTestParameters(host_config, a_mistake_is_named_with_its_line)
         {"[sharing]\nrevisit_s = 0\n", ":2: revisit_s = 0: give a number from 0.01"},
         {"[metrics]\nlisten = 9417\n", ":2: listen = 9417: give HOST:PORT"},
         {"[metrics]\nlisten = ::1:9417\n", ":2: listen"},
+        {"[migration]\nlisten = a:1\n", "tls_cert, tls_key and tls_ca, all three"},
+        {"[migration]\ntls_cert = /a\nplain = yes\n", "all three"},
+        {"[guest a]\nincoming = vmm\n", "does not begin with the absolute path"},
+        {"[guest a]\nincoming = /vmm \"a\n", "is not closed"},
+        {"[guest a]\nmax = 1G\nincoming = /vmm\n", "incoming needs max and incoming_user"},
+        {"[guest a]\nincoming_user = nobody-here\n", "neither a number nor a user"},
         {"[migration]\nplain = maybe\n", ":2: plain = maybe: give yes or no"},
         {"[domain web]\nuid = 1\n", ":2: a domain has no 'uid'"},
         {"[domain web]\nuids = 1 no-such-user-here\n", ":2: uids: 'no-such-user-here'"},

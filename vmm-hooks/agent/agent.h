@@ -6,6 +6,8 @@
  *   scanner  (run.c, session.c) talks to memd, scans, merges. Everything that is not guest_ram
  *            belongs to it.
  *   handler  (fault.c) serves faults.
+ *   mover's  (migration.c, while the guest moves and after) serves the mover and calls hooks; the
+ *            engine that it drives (memd/postcopy/agent) has one or two threads of its own.
  *   the VMM's own threads come in through attach.c and preload.c: they register RAM, discard
  *            pages, and take RAM away. They touch guest_ram under a block's lock, and the few
  *            words below that are marked so.
@@ -22,6 +24,8 @@
 #include "fault.h"
 #include "gate.h"
 #include "merge.h"
+#include "migration.h"
+#include "restore.h"
 #include "rpc.h"
 #include "scan.h"
 #include "segments.h"
@@ -41,8 +45,10 @@ struct memd_vm {
     struct segments segments;
     struct scanner scanner;
     struct merge_stats merge;
-    struct gate gate;
+    struct gate gate; /* under migration.gate */
     struct rpc rpc;
+    struct migration migration;
+    struct restore restore; /* a saved guest that comes from a file */
 
     char socket[108];
     char token[PROTOCOL_TOKEN_BYTES];
@@ -55,6 +61,8 @@ struct memd_vm {
     struct lock words;
     uint32_t state; /* enum agent_state */
     uint32_t stop;
+    uint32_t in_turn;         /* the scanner is doing something; */
+    uint32_t turns;           /* turns that it has ended */
     uint32_t forked;          /* this is a child of the VMM, without our threads */
     uint32_t *mark;           /* 1, and 0 in a child; or NULL */
     uint32_t registers_begun; /* UFFDIO_REGISTER by the VMM itself: calls that came in, */

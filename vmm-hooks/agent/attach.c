@@ -382,6 +382,7 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     struct ram_block *block;
     struct agent_leaving leaving = {.changed = addr, .changed_bytes = bytes};
     int r = check_handle(vm);
+    bool remote;
     bool gone;
 
     if (r < 0)
@@ -389,6 +390,11 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     block = ram_find(&vm->ram, addr);
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
+    lock_take(&block->lock);
+    remote = block->live && block->counts[PLACE_REMOTE] > 0;
+    lock_release(&block->lock);
+    if (remote)
+        return -EBUSY;
     agent_leave_begin(vm, &leaving);
     /* With its captives: what is mapped here next is not ours to discard. */
     if (block->live && is_at_rest(block))
@@ -482,6 +488,26 @@ int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes)
         return -EINVAL;
     return r == 0 ? agent_discard(vm, addr, bytes, MADV_DONTNEED)
                   : agent_discard_in_child(vm, addr, bytes, MADV_DONTNEED);
+}
+
+int memd_ram_restore(struct memd_vm *vm, void *addr, size_t bytes, int fd, uint64_t offset)
+{
+    struct ram_block *block;
+    int r = check_handle(vm);
+
+    if (r < 0)
+        return r;
+    block = ram_find(&vm->ram, addr);
+    if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
+        return -ENOENT;
+    return restore_begin(&vm->restore, &vm->ram, block, fd, offset);
+}
+
+int memd_ram_restore_wait(struct memd_vm *vm)
+{
+    int r = check_handle(vm);
+
+    return r < 0 ? r : restore_wait(&vm->restore);
 }
 
 /* ---- standing down, detaching ---- */
@@ -580,14 +606,16 @@ int memd_detach(struct memd_vm *vm)
 
     if (r < 0)
         return r;
-    if (pthread_equal(vm->thread, pthread_self()))
+    if (pthread_equal(vm->thread, pthread_self()) || migration_is_caller(vm))
         return -EDEADLK;
     if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
         return -ENOMEM;
+    migration_close(vm);
     __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);
     sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
     pthread_join(vm->thread, NULL);
     fault_stop(&vm->handler);
+    restore_close(&vm->restore);
     the_vm = NULL;
     for (uint32_t i = 0; i < vm->ram.block_count; i++)
         if (vm->ram.blocks[i].live)

@@ -75,14 +75,19 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
 {
     struct memd_vm *vm = context;
     uint64_t now = run_now_ns();
+    bool free;
 
     if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
         now - vm->looked_at_ns > LOOK_NS) {
         vm->looked_at_ns = now;
         vm->freeze_allowed = nothing_forbids_freezing(vm);
     }
-    return vm->freeze_allowed &&
-           gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    if (!vm->freeze_allowed)
+        return false;
+    lock_take(&vm->migration.gate);
+    free = gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    lock_release(&vm->migration.gate);
+    return free;
 }
 
 /* So many VMAs there are at most: those that were counted, what merges have added since, and two
@@ -293,7 +298,8 @@ static void end_pass(struct memd_vm *vm)
 static bool may_scan(const struct memd_vm *vm)
 {
     return vm->rpc.fd >= 0 && vm->features & FEATURE_SHARE && vm->ram_open && !vm->paused &&
-           !vm->detached && __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
+           !vm->detached && !migration_holds(vm) &&
+           __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
 }
 
 static enum scan_result scan_slice(struct scanner *scanner, uint64_t start)
@@ -345,9 +351,11 @@ static uint64_t scan_turn(struct memd_vm *vm)
 
 static void turn(struct memd_vm *vm)
 {
-    uint32_t done = session_turn(vm);
+    uint32_t done;
     uint64_t wait;
 
+    __atomic_store_n(&vm->in_turn, 1, __ATOMIC_SEQ_CST);
+    done = session_turn(vm);
     if (vm->rpc.fd < 0 && !vm->detached && run_now_ns() >= vm->next_connect_ns)
         session_open(vm);
     wait = scan_turn(vm);
@@ -359,6 +367,8 @@ static void turn(struct memd_vm *vm)
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;
     }
+    __atomic_store_n(&vm->in_turn, 0, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&vm->turns, 1, __ATOMIC_SEQ_CST);
     if (done == 0 && wait > 0)
         session_wait(vm, wait);
 }

@@ -225,7 +225,7 @@ static void fill_hello(struct memd_vm *vm, struct message_hello *hello)
         .header = {MESSAGE_HELLO, sizeof(*hello)},
         .magic = PROTOCOL_MAGIC,
         .version = PROTOCOL_VERSION,
-        .features = can_share ? FEATURE_SHARE : 0,
+        .features = can_share ? FEATURE_SHARE | FEATURE_MOVE : 0,
         .scanner_tid = vm->scanner_tid,
         .handler_tid = vm->handler.tid,
         .page_bytes = PAGE_BYTES,
@@ -421,6 +421,11 @@ static void take_message(struct memd_vm *vm, union rpc_message *message, int fd)
             detach(vm, &message->words);
         }
         break;
+    case MESSAGE_MOVER:
+        used = big_enough(message, sizeof(message->mover)) && fd >= 0 && vm->ram_open;
+        if (used)
+            migration_take_mover(vm, message->mover.role, fd);
+        break;
     default: break; /* DOORBELL; and what a newer memd may say */
     }
     if (!used && fd >= 0)
@@ -529,7 +534,7 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
     if (is_too_short(vm, pages)) {
         memset(outcomes, NOT_MERGED_BUDGET, pages);
         agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
-    } else if (!run_may_freeze(vm, block, index, pages)) {
+    } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
         merge_pages(&vm->ram, &vm->segments, block, index, slot, pages, outcomes, &vm->merge);
@@ -724,11 +729,11 @@ static void fill_stats(struct memd_vm *vm, struct message_stats *ret_stats)
 static void fill_times(struct memd_vm *vm, struct message_stats *stats)
 {
     stats->cpu_ns = run_cpu_ns(vm);
-    stats->fault_count = vm->handler.count;
-    stats->fault_p50_us = fault_quantile_us(&vm->handler, 0.50);
-    stats->fault_p99_us = fault_quantile_us(&vm->handler, 0.99);
-    stats->fault_p999_us = fault_quantile_us(&vm->handler, 0.999);
-    stats->fault_max_us = (uint32_t)vm->handler.max_us;
+    stats->fault_count = vm->handler.times.count;
+    stats->fault_p50_us = fault_quantile_us(&vm->handler.times, 0.50);
+    stats->fault_p99_us = fault_quantile_us(&vm->handler.times, 0.99);
+    stats->fault_p999_us = fault_quantile_us(&vm->handler.times, 0.999);
+    stats->fault_max_us = (uint32_t)vm->handler.times.max_us;
 }
 
 static void send_stats(struct memd_vm *vm, struct message_stats *stats)

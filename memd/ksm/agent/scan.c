@@ -67,8 +67,8 @@ static void note_written(struct chunk_view *view, uint32_t index, uint64_t categ
     struct ram_block *block = view->block;
     enum place place = ram_place(block, index);
 
-    if (ram_captive(block, index) || place == PLACE_SHARED)
-        return;
+    if (ram_captive(block, index) || place == PLACE_SHARED || place == PLACE_REMOTE)
+        return; /* a page that is still to come is missing, but not empty */
     if (!(categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED))) {
         if (place != PLACE_ABSENT)
             ram_move_places(view->ram, block, index, 1, TRANSITION_DISCARD);
