@@ -143,6 +143,14 @@ static void say_regions(struct migration *migration, const struct regions *regio
     }
 }
 
+/* Of the thread that a fault waits for on this side. */
+static uint32_t urgent_tid(const struct migration *migration)
+{
+    if (migration->role == MOVER_DESTINATION)
+        return migration->vm->handler.tid;
+    return migration->have_outgoing ? migration->outgoing.urgent_tid : 0;
+}
+
 static void say_hello(struct migration *migration)
 {
     struct memd_vm *vm = migration->vm;
@@ -163,9 +171,7 @@ static void say_hello(struct migration *migration)
         .paused = migration->paused,
         .proven = migration->told_proven,
         .proven_result = migration->proven.result,
-        .urgent_tid = migration->role == MOVER_DESTINATION ? vm->handler.tid
-                      : migration->have_outgoing           ? migration->outgoing.urgent_tid
-                                                           : 0,
+        .urgent_tid = urgent_tid(migration),
         .remote_pages = remote_pages(migration),
     };
 
@@ -286,9 +292,11 @@ static int set_session(struct migration *migration, struct exchange *exchange)
         return -EBUSY;
     reset(migration);
     r = open_engine(migration, &message->tuning);
-    if (r == 0)
-        memcpy(migration->session, message->session, sizeof(migration->session));
-    return r;
+    if (r < 0)
+        return r;
+    memcpy(migration->session, message->session, sizeof(migration->session));
+    exchange->value = urgent_tid(migration);
+    return 0;
 }
 
 static void post_link(struct migration *migration, uint32_t channel, int fd)
