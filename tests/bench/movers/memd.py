@@ -11,6 +11,7 @@ from lab.guest import ArrivedProcess, Guest, qemu_command
 from .pair import MEMORY, Pair
 
 NAME = "source"
+AT_REST = {"sharing": {"revisit_s": 10, "cpu_percent": 50}}  # memd's own defaults, not those of the tests
 
 
 def free_port():
@@ -25,8 +26,9 @@ class MemdPair(Pair):
     def open(self):
         self._port = free_port()
         self._there = Lab(network=None)
-        self.lab.start_memd({"migration": {"plain": "yes"}})
-        self._there.start_memd({"migration": {"plain": "yes", "listen": f"127.0.0.1:{self._port}"}, **self._awaits()})
+        self.lab.start_memd({"migration": {"plain": "yes"}, **AT_REST})
+        self._there.start_memd({"migration": {"plain": "yes", "listen": f"127.0.0.1:{self._port}"},
+                                **AT_REST, **self._awaits()})
         self.boot()
         self.lab.wait_connected(NAME)
         self._bandwidth = None
@@ -48,7 +50,7 @@ class MemdPair(Pair):
     def begin(self, link=lambda port: port):
         wanted = {"to": f"127.0.0.1:{link(self._port)}", **self.options}
         if self._bandwidth:
-            wanted["bandwidth"] = self._bandwidth
+            wanted["bandwidth_bytes"] = self._bandwidth
         status, answer = api.request(self.lab.socket, "POST", f"/v1/guests/{NAME}/migrate", wanted)
         if status // 100 != 2:
             raise Failure(f"memd does not move the guest: {answer}")
