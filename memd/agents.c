@@ -19,6 +19,12 @@
 #include "session.h"
 
 #define CONNECTIONS_MAX 4096U
+/* Of those that have said no HELLO yet (no token, so anybody's), who is not root has together, and
+ * each such user: nobody keeps the others' agents out. Hundreds of agents of one user that come at
+ * once, as after memd was restarted, are greeted in a few turns, and who finds no room comes again
+ * a second later. */
+#define STRANGERS       256U
+#define STRANGERS_A_UID 32U
 #define ACCEPT_TURN     16
 #define PERMILLE_LEAST  5U
 
@@ -486,6 +492,7 @@ static int handle_stats(struct session *session, const void *message, int *fds, 
     if (!session->scanner && !session->handler)
         session->cpu_ns = stats->cpu_ns;
     say_state(guest, before, (enum agent_state)stats->state, guest->stats.reason);
+    session->ring_ready = true;
     return 0;
 }
 
@@ -622,14 +629,53 @@ struct ksm_member *agents_member(const struct session *session)
 
 /* ---- the listener ---- */
 
+static bool has_room(const struct daemon *daemon, uid_t uid)
+{
+    uint32_t all = 0, own = 0;
+
+    if (daemon->agents.count >= CONNECTIONS_MAX)
+        return false;
+    if (uid == 0 || uid == geteuid())
+        return true;
+    for (const struct session *other = daemon->agents.first; other; other = other->next) {
+        bool stranger =
+            other->state == SESSION_GREETING && other->uid != 0 && other->uid != geteuid();
+        all += stranger;
+        own += stranger && other->uid == uid;
+    }
+    return all < STRANGERS && own < STRANGERS_A_UID;
+}
+
+/* Said once in the time that a connection may be silent: who is turned away comes again. */
+static void turn_away(struct daemon *daemon, int fd, uid_t uid)
+{
+    struct agents *agents = &daemon->agents;
+    struct message_words words = {
+        {MESSAGE_REFUSED, sizeof(words)}, EAGAIN, 0, "too many connections of this user are open"};
+
+    if (agents->turned_away == 0 ||
+        loop_now(&daemon->loop) - agents->turned_away_ns >= SESSION_GREETING_NS) {
+        log_warning("connections of uid %d to the agents' socket are turned away: %u are open, and "
+                    "too many of them say no HELLO",
+                    (int)uid, agents->count);
+        agents->turned_away_ns = loop_now(&daemon->loop);
+    }
+    agents->turned_away++;
+    (void)send(fd, &words, sizeof(words), MSG_DONTWAIT | MSG_NOSIGNAL);
+    close(fd);
+}
+
 static void accept_one(struct daemon *daemon, int fd)
 {
     uid_t uid;
     pid_t pid;
 
-    if (daemon->agents.count >= CONNECTIONS_MAX || host_peer(fd, &uid, &pid) ||
-        session_start(daemon, fd, uid, pid)) {
-        log_warning("an agent's connection was not taken: %u are open", daemon->agents.count);
+    if (host_peer(fd, &uid, &pid)) {
+        close(fd);
+    } else if (!has_room(daemon, uid)) {
+        turn_away(daemon, fd, uid);
+    } else if (session_start(daemon, fd, uid, pid)) {
+        log_warning("an agent's connection was not taken: no memory");
         close(fd);
     }
 }

@@ -19,6 +19,8 @@ struct agents {
     uint32_t sharing; /* of those: welcomed, with FEATURE_SHARE */
     int userfaultfd;  /* /dev/userfaultfd, or -1 */
     uint64_t ended_badly;
+    uint64_t turned_away; /* connections for which there was no room */
+    uint64_t turned_away_ns;
 };
 
 int agents_start(struct daemon *daemon);

@@ -297,6 +297,9 @@ static bool read_request_member(const char *key, const json_t *value, struct gue
     } else if (strcmp(key, "engine") == 0) {
         *ret_good = word && (strcmp(word, "agent") == 0 || strcmp(word, "kernel") == 0);
         asked->engine = *ret_good && word[0] == 'k' ? ENGINE_KERNEL : ENGINE_AGENT;
+    } else if (strcmp(key, "daemonizes") == 0) {
+        *ret_good = json_is_boolean(value);
+        asked->daemonizes = json_is_true(value);
     } else {
         return false;
     }

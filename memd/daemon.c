@@ -116,8 +116,25 @@ static int start_ledger(struct daemon *daemon)
     return 0;
 }
 
+/* While ksmd is ours it is steered once a second. */
+static void steer(struct loop_timer *timer)
+{
+    struct daemon *daemon = timer->owner;
+
+    kernel_ksm_tick(&daemon->kernel_ksm, loop_now(&daemon->loop));
+    if (daemon->kernel_ksm.running)
+        daemon_steer(daemon);
+}
+
+void daemon_steer(struct daemon *daemon)
+{
+    if (!daemon->steering.due_ns)
+        loop_timer_set(&daemon->loop, &daemon->steering, NS_PER_S);
+}
+
 static int start_kernel_ksm(struct daemon *daemon)
 {
+    daemon->steering = (struct loop_timer){.expired = steer, .owner = daemon};
     kernel_ksm_start(&daemon->kernel_ksm, host_ksm_directory(), daemon->state_dir,
                      daemon->config.cpu_percent);
     return 0;
@@ -125,6 +142,7 @@ static int start_kernel_ksm(struct daemon *daemon)
 
 static void stop_kernel_ksm(struct daemon *daemon)
 {
+    loop_timer_cancel(&daemon->loop, &daemon->steering);
     kernel_ksm_stop(&daemon->kernel_ksm);
 }
 
@@ -149,33 +167,16 @@ static void stop_agents(struct daemon *daemon)
     agents_stop(daemon);
 }
 
-static void say_what_waits(const struct config *config)
+static void warn(const char *words)
 {
-    if (config->vault_set)
-        log_warning(
-            "[vault] is set, but this version of memd evicts nothing yet: it has no effect");
+    log_warning("%s", words);
 }
 
-/* ksmd is steered once a second; while it isn't ours, it is enough to look now and then. */
-static void steer(struct loop_timer *timer)
+static void say_about(const struct config *config)
 {
-    struct daemon *daemon = timer->owner;
-
-    kernel_ksm_tick(&daemon->kernel_ksm, loop_now(&daemon->loop));
-    loop_timer_set(&daemon->loop, timer, (daemon->kernel_ksm.running ? 1 : 5) * NS_PER_S);
-}
-
-static int start_clock(struct daemon *daemon)
-{
-    daemon->steering = (struct loop_timer){.expired = steer, .owner = daemon};
-    loop_timer_set(&daemon->loop, &daemon->steering, NS_PER_S);
-    say_what_waits(&daemon->config);
-    return 0;
-}
-
-static void stop_clock(struct daemon *daemon)
-{
-    loop_timer_cancel(&daemon->loop, &daemon->steering);
+    if (config->doubt[0])
+        log_warning("%s", config->doubt);
+    config_say_what_waits(config, warn);
 }
 
 /* ---- signals ---- */
@@ -242,7 +243,6 @@ static const struct part {
     {"agents", agents_start, stop_agents},
     {"migrations", migration_start, migration_stop},
     {"control socket", control_start, control_stop},
-    {"clock", start_clock, stop_clock},
 };
 #define PART_COUNT (sizeof(parts) / sizeof(parts[0]))
 
@@ -271,6 +271,7 @@ int daemon_start(struct daemon *daemon, struct config *config, const char *confi
             return result;
         }
     }
+    say_about(&daemon->config);
     log_notice("memd %s serves %s, budget %llu MiB, store %llu MiB", MEMD_VERSION,
                daemon->config.socket, (unsigned long long)daemon->ledger.budget_bytes >> 20,
                (unsigned long long)daemon->domains.budget.limit_pages * PAGE_BYTES >> 20);
@@ -330,7 +331,7 @@ void daemon_reload(struct daemon *daemon)
     agents_tune(daemon);
     control_reload(daemon);
     migration_reload(daemon);
-    say_what_waits(&fresh);
+    say_about(&fresh);
     config_free(&old);
     log_notice("%s was read again", daemon->config_path);
     events_emit(&daemon->events, "config_reloaded", NULL, NULL);

@@ -46,5 +46,7 @@ void daemon_stop(struct daemon *daemon);
 int daemon_run(struct daemon *daemon);
 /* SIGHUP: reads the configuration again; a bad one changes nothing. */
 void daemon_reload(struct daemon *daemon);
+/* A guest needs kernel KSM: from now on it is steered, until none does. */
+void daemon_steer(struct daemon *daemon);
 
 #endif

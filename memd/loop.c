@@ -5,6 +5,8 @@
 #include "loop_kernel.h"
 
 #define NS_PER_S 1000000000ULL
+/* Nothing but a timer, a watch or a signal has to be waited for: this long is for ever. */
+#define LONGEST_WAIT_NS (3600 * NS_PER_S)
 
 int loop_start(struct loop *loop)
 {
@@ -148,6 +150,6 @@ int loop_run(struct loop *loop)
     int result = 0;
 
     while (!loop->stopping && result == 0)
-        result = loop_turn(loop, NS_PER_S);
+        result = loop_turn(loop, LONGEST_WAIT_NS);
     return result;
 }

@@ -785,11 +785,10 @@ void migration_stop(struct daemon *daemon)
 
     state_saver_end(&migrations->saver);
     stop_listening(daemon);
-    while (migrations->first) {
-        struct migration *one = migrations->first;
-
-        /* Its mover goes on, and the next memd finds it. */
-        one->socket[0] = one->over ? one->socket[0] : '\0';
+    for (struct migration *one = migrations->first, *next; one; one = next) {
+        next = one->next;
+        if (!one->over)
+            one->socket[0] = '\0'; /* its mover goes on there, and the next memd finds it */
         forget(one);
     }
     if (migrations->dir >= 0)

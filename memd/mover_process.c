@@ -69,7 +69,7 @@ static int listen_for_next(struct migration *migration)
 /* The mover's own port: of the address that [migration] listen names. */
 static int listen_for_peer(struct migration *migration)
 {
-    struct sockaddr_storage address;
+    struct sockaddr_storage address = {.ss_family = AF_INET};
     socklen_t bytes = sizeof(address);
     int fd, on = 1, result;
 

@@ -19,7 +19,6 @@
 #define TURN_ENTRIES  256U
 #define TURN_NS       500000ULL
 #define OUT_MAX       16384U /* messages that wait; an agent that reads so little is lost */
-#define GREETING_NS   10000000000ULL
 #define MESSAGE_MAX   1024U
 #define FDS_MAX       4
 
@@ -597,7 +596,7 @@ int session_start(struct daemon *daemon, int fd, uid_t uid, pid_t pid)
         free(session);
         return result;
     }
-    loop_timer_set(&daemon->loop, &session->greeting, GREETING_NS);
+    loop_timer_set(&daemon->loop, &session->greeting, SESSION_GREETING_NS);
     session->next = daemon->agents.first;
     daemon->agents.first = session;
     daemon->agents.count++;

@@ -17,6 +17,8 @@
 #include "agents.h"
 #include "match.h"
 
+/* So long a connection may say no HELLO. */
+#define SESSION_GREETING_NS 10000000000ULL
 #define SESSION_PENDING_MAX (1U << 16) /* entries that wait for room in the ring */
 
 enum session_state {

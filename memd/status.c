@@ -168,6 +168,7 @@ static json_t *sharing_json(const struct daemon *daemon, const struct figures *f
     set(json, "store_segments", figures->segments);
     set(json, "store_refused_pages", daemon->domains.budget.refused_pages);
     set(json, "table_bytes", figures->table_bytes);
+    json_object_set_new(json, "steers_ksmd", json_boolean(daemon->kernel_ksm.running));
     return json;
 }
 

@@ -86,7 +86,8 @@ enum message_type {
     MESSAGE_TUNE = 9,      /* memd: how often and how hard to scan */
     MESSAGE_DETACH = 10,   /* memd: make every page private again, then answer DETACHED */
     MESSAGE_DETACHED = 11, /* agent: it is done; no share is left; the connection ends */
-    MESSAGE_STATS = 12,    /* agent: its places and counters, after each pass and on TUNE_REPORT */
+    MESSAGE_STATS = 12,    /* agent: its places and counters, after a pass that changed some (and
+                              each eighth) and on TUNE_REPORT; rings like DOORBELL */
     MESSAGE_DOORBELL = 13, /* both: look into the ring */
     MESSAGE_HELD = 14,     /* agent, to a restarted memd: a segment that I have; one descriptor */
     MESSAGE_HELD_END = 15, /* agent: that was all of it (segments by HELD, pages by HAVE) */
@@ -227,7 +228,8 @@ enum ring_op {
     RING_NOT_MERGED = 5, /* page; arg = slot | (uint64_t)enum not_merged << 32 */
     RING_BROKEN = 6,     /* page; arg = slot: this share has ended */
     RING_HAVE = 7,       /* page; arg = slot: to a restarted memd, between HELLO and HELD_END */
-    RING_PASS = 8,       /* arg = pass: everything quiet in this pass has been offered */
+    RING_PASS = 8,       /* arg = pass: everything quiet in this pass, and that was
+                            something, has been offered */
     /* memd to agent */
     RING_MERGE = 16, /* page; arg = slot: compare and share; answered by MERGED or NOT_MERGED */
     RING_WANT = 17,  /* page; arg = hash it was offered with: answered by PAGE or STALE */

@@ -149,13 +149,12 @@ int main(int argc, char **argv)
         return flush(CTL_DONE);
     }
     if (!move_command_first(argc, argv)) {
-        print_usage(stderr);
+        ctl_say("no command is given; 'memctl --help' lists them");
         return CTL_USAGE;
     }
     command = find_command(argv[1]);
     if (!command) {
-        ctl_say("there is no command '%s'", argv[1]);
-        print_usage(stderr);
+        ctl_say("there is no command '%s'; 'memctl --help' lists them", argv[1]);
         return CTL_USAGE;
     }
     return run_command(command, argc - 1, argv + 1);

@@ -120,7 +120,11 @@ static enum ctl_status wait_for_memd(const char *socket)
 {
     ctl_say("the migration goes on without memd; waiting until it is back");
     for (long waited = 0; waited < MEMD_WAIT_S * 1000L; waited += LOOK_MS) {
-        if (ctl_http_reachable(socket))
+        json_t *host = NULL;
+        bool reachable = ctl_http_reachable(socket, &host);
+
+        json_decref(host);
+        if (reachable)
             return CTL_DONE;
         pause_ms(LOOK_MS);
     }

@@ -71,6 +71,7 @@ struct run {
     char *path;
     char *library; /* libmemd-preload.so */
     bool linked;   /* the VMM brings the agent itself: it is only told of memd */
+    bool script;   /* which may end while the VMM that it started goes on */
     bool agent;    /* there can be one; else: */
     char reason[IMAGE_REASON_CHARS + PATH_MAX];
     bool qemu;
@@ -89,9 +90,9 @@ static bool read_size_option(const struct run *run, int option, uint64_t *ret_by
 {
     const char *text = run->arguments->value[option];
 
-    if (!text || ctl_value_size(text, ret_bytes) == 0)
+    if (!text || (ctl_value_size(text, ret_bytes) == 0 && (*ret_bytes || option == RUN_MIN)))
         return true;
-    ctl_say("--%s: '%s' is no size (a number with K, M, G or T)", ctl_run_options[option].name,
+    ctl_say("--%s: '%s' is no size: give more than 0, as 512M or 2G", ctl_run_options[option].name,
             text);
     return false;
 }
@@ -100,15 +101,20 @@ static enum ctl_status read_options(struct run *run)
 {
     const char *name = run->arguments->value[RUN_NAME];
     const char *shares = run->arguments->value[RUN_SHARES];
+    const char *domain = run->arguments->value[RUN_DOMAIN];
 
     if (!name) {
         ctl_say("run: the guest needs a --name");
         return CTL_USAGE;
     }
-    if (!ctl_value_is_guest_name(name)) {
-        ctl_say("'%s' is no name for a guest: up to 63 letters, digits and . _ -, the first one a "
-                "letter or a digit",
-                name);
+    if (!ctl_value_check_guest_name(name))
+        return CTL_USAGE;
+    if (domain && *domain && !ctl_value_is_guest_name(domain)) {
+        ctl_say("--domain: '%s' is no name for a domain", domain);
+        return CTL_USAGE;
+    }
+    if (run->arguments->operands[0][0] == '\0') {
+        ctl_say("run: the name of the VMM is empty");
         return CTL_USAGE;
     }
     if (!read_size_option(run, RUN_MAX, &run->max_bytes) ||
@@ -142,7 +148,7 @@ static enum ctl_status find_vmm(struct run *run)
     run->vmm_argv = run->arguments->operands;
     error = ctl_image_find(run->vmm_argv[0], &run->path);
     if (error == 0)
-        error = ctl_image_inspect(run->path, reason, &run->linked);
+        error = ctl_image_inspect(run->path, reason, &run->linked, &run->script);
     if (error < 0) {
         ctl_say("%s can't be started: %s", run->vmm_argv[0], strerror(-error));
         return CTL_FAILED;
@@ -303,6 +309,8 @@ static json_t *make_registration(const struct run *run)
         json_object_set_new(body, "shares", json_integer((json_int_t)run->shares));
     if (domain)
         json_object_set_new(body, "domain", json_string(domain));
+    if (run->qemu ? run->line.daemonizes : run->script)
+        json_object_set_new(body, "daemonizes", json_true());
     if (run->qmp_path[0])
         json_object_set_new(body, "qmp", json_string(run->qmp_path));
     return body;

@@ -47,22 +47,22 @@ static uint32_t count_remote(const struct ram_block *block, uint32_t index, uint
 }
 
 /* Where nothing else can be mapped: the kernel copies each page as the zeros are written to it.
- * Only on a thread of the VMM, which may touch guest RAM. */
+ * Only on a thread of the VMM, which may touch guest RAM. Page by page: not all may be registered,
+ * and who writes to a page that is still protected waits for the lock that we hold. */
 static int zero_in_place(struct guest_ram *ram, struct ram_block *block, uint32_t index,
                          uint32_t pages)
 {
-    int r =
-        uffd_protect(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES, false);
-
-    if (r < 0 && r != -ENOENT) /* not registered: nothing is protected there */
-        return r;
     for (uint32_t i = index; i < index + pages; i++) {
+        int r = uffd_protect(ram->store_fd, ram_address(block, i), PAGE_BYTES, false);
+
+        if (r < 0 && r != -ENOENT) /* not registered: it is not protected */
+            return r;
         memset(ram_address(block, i), 0, PAGE_BYTES);
         if (ram_place(block, i) == PLACE_SHARED)
             ram_move_places(ram, block, i, 1, TRANSITION_BREAK);
         ram_set_captive(block, i, true);
+        uffd_wake(ram->store_fd, ram_address(block, i), PAGE_BYTES);
     }
-    uffd_wake(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES);
     return 0;
 }
 
@@ -70,15 +70,19 @@ static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint
                             uint32_t pages)
 {
     bool arm = block->chunks[ram_chunk_of(block, index)].state == CHUNK_ARMED;
-    uint32_t shared = count_shared(block, index, pages);
-    int r = remap_to_absent(ram, block, index, pages, arm);
+    uint32_t ended = count_shared(block, index, pages);
+    int r = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, pages)))
+        r = remap_to_absent(ram, block, index, pages, arm);
     if (r < 0)
         r = zero_in_place(ram, block, index, pages);
-    if (r == 0 && shared) {
+    ended -= count_shared(block, index, pages);
+    if (ended) {
         ram_note_broken(ram, block, index, pages);
-        ram->unmerges -= pages - shared; /* captives had ended before */
-        ram->discards += shared;
+        /* Captives had ended before, and after an error some have not. */
+        __atomic_sub_fetch(&ram->unmerges, pages - ended, __ATOMIC_RELAXED);
+        __atomic_add_fetch(&ram->discards, ended, __ATOMIC_RELAXED);
     }
     return r;
 }
@@ -99,7 +103,9 @@ static int discard_private(struct guest_ram *ram, struct ram_block *block, uint3
 }
 
 /* Some of the chunk may have been let go, and a hole there would read as zeros: what can't be
- * registered again must not be frozen any more. */
+ * registered again must not be frozen any more. Page by page where a run is refused: a captive page
+ * must not be registered either, or it could be a hole that waits for the handler while zeros are
+ * written to it. */
 static void stay_armed(struct guest_ram *ram, struct ram_block *block, uint32_t first, uint32_t end)
 {
     for (uint32_t i = first, run; i < end; i += run) {
@@ -108,7 +114,8 @@ static void stay_armed(struct guest_ram *ram, struct ram_block *block, uint32_t 
         if (store || remap_arm(ram, block, i, run) == 0)
             continue;
         for (uint32_t k = i; k < i + run; k++)
-            ram_set_captive(block, k, true);
+            if (remap_arm(ram, block, k, 1) < 0)
+                ram_set_captive(block, k, true);
     }
 }
 

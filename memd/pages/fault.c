@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "freeze.h"
 #include "remap.h"
 #include "uffd.h"
 
@@ -140,6 +141,13 @@ static bool is_armed(const struct ram_block *block, uint32_t index)
            place != PLACE_SHARED && (place == PLACE_ABSENT || !ram_captive(block, index));
 }
 
+/* A frozen page that the VMM had given up with MADV_FREE may be dropped by the kernel at any
+ * moment. Its bytes are zeros then; who looks at it holds a block's lock. */
+static bool is_staging(const struct guest_ram *ram, const uint8_t *page)
+{
+    return page >= ram->staging && page < ram->staging + FREEZE_MAX_PAGES * PAGE_BYTES;
+}
+
 void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
 {
     void *page = (void *)(address / PAGE_BYTES * PAGE_BYTES);
@@ -147,7 +155,9 @@ void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
     uint32_t index;
 
     if (!block) {
-        uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
+        if (!is_staging(handler->ram, page) ||
+            uffd_copy(handler->ram->guest_fd, page, zeros, PAGE_BYTES, true) < 0)
+            uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
         return;
     }
     lock_take(&block->lock);
@@ -174,8 +184,10 @@ static void break_share(struct fault_handler *handler, struct ram_block *block, 
     struct guest_ram *ram = handler->ram;
     uint32_t window = next_window(handler, block, index);
     uint32_t run = same_place(block, index, window, PLACE_SHARED);
-    int broken = remap_to_private(ram, block, index, run, true);
+    int broken = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, run)))
+        broken = remap_to_private(ram, block, index, run, true);
     if (broken < 0) {
         ram_move_places(ram, block, index, 1, TRANSITION_BREAK);
         ram_set_captive(block, index, true);

@@ -7,19 +7,6 @@
 
 #include "uffd.h"
 
-int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
-{
-    long moved;
-
-    if (pages > FREEZE_MAX_PAGES)
-        pages = FREEZE_MAX_PAGES;
-    if (ram->staged + pages > FREEZE_MAX_PAGES)
-        freeze_empty(ram);
-    moved = uffd_move(ram->guest_fd, freeze_bytes(ram, 0), ram_address(block, index),
-                      pages * PAGE_BYTES);
-    return moved < 0 ? (int)moved : (int)(moved / (long)PAGE_BYTES);
-}
-
 /* One page by copy: when MOVE is refused. Without memory there is nothing better than to try
  * again: the bytes are safe in the staging area, and the guest waits. */
 static void copy_back(struct guest_ram *ram, uint8_t *to, const uint8_t *from)
@@ -32,11 +19,11 @@ static void copy_back(struct guest_ram *ram, uint8_t *to, const uint8_t *from)
     }
 }
 
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages)
 {
     uint8_t *to = ram_address(block, index);
-    uint8_t *from = freeze_bytes(ram, staged);
+    uint8_t *from = freeze_bytes(ram, first);
     size_t left = (size_t)pages * PAGE_BYTES;
 
     while (left > 0) {
@@ -62,6 +49,29 @@ void freeze_empty(struct guest_ram *ram)
     if (ram->staged > 0)
         sys_madvise(ram->staging, ram->staged * PAGE_BYTES, MADV_DONTNEED);
     ram->staged = 0;
+}
+
+int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t frozen;
+    long moved;
+
+    if (pages > FREEZE_MAX_PAGES)
+        pages = FREEZE_MAX_PAGES;
+    if (ram->staged + pages > FREEZE_MAX_PAGES)
+        freeze_empty(ram);
+    moved = uffd_move(ram->guest_fd, freeze_bytes(ram, 0), ram_address(block, index),
+                      pages * PAGE_BYTES);
+    if (moved < 0)
+        return (int)moved;
+    frozen = (uint32_t)(moved / (long)PAGE_BYTES);
+    /* Asked now: what was read into these pages before, was read from a file opened before. */
+    if (__atomic_load_n(&ram->direct_io_changed, __ATOMIC_ACQUIRE)) {
+        freeze_return(ram, block, index, 0, frozen);
+        freeze_thaw(ram, block, index, frozen);
+        return -EBUSY;
+    }
+    return (int)frozen;
 }
 
 int freeze_probe(struct guest_ram *ram)

@@ -21,8 +21,9 @@
 #define FREEZE_MAX_PAGES 64U
 
 /* Moves pages [index, index + pages) into the staging area. Returns how many were frozen (from
- * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, -ENOENT not there, -EINVAL not
- * within one VMA. The frozen bytes are at freeze_bytes(ram, 0), ... */
+ * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, or a file was opened for direct
+ * I/O meanwhile, -ENOENT not there, -EINVAL not within one VMA. The frozen bytes are at
+ * freeze_bytes(ram, 0), ... */
 int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 /* The bytes of the i-th frozen page. */
@@ -31,10 +32,10 @@ static inline uint8_t *freeze_bytes(const struct guest_ram *ram, uint32_t i)
     return ram->staging + (size_t)(ram->staged + i) * PAGE_BYTES;
 }
 
-/* Gives `pages` frozen pages, from the `staged`-th on, back to the guest at `index`. Can't fail:
- * where MOVE is refused (a fork came between) the bytes are copied, again and again until the
- * kernel has a page for them. */
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+/* Gives `pages` frozen pages, from the `first`-th of the freeze on, back to the guest at `index`.
+ * Can't fail: where MOVE is refused (a fork came between) the bytes are copied, again and again
+ * until the kernel has a page for them. */
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages);
 
 /* Ends a freeze of `pages` pages at `index`: wakes whoever waits. Bytes that were not given back

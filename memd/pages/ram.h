@@ -92,7 +92,8 @@ struct ram_block {
      * handler, so it can't hold `lock` then), and taken before `lock` by whoever unmaps them. */
     struct lock reading;
     bool live;
-    bool resting; /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool resting;    /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool given_back; /* rests for good; here only for what could not be undone */
     uint8_t *base;
     uint8_t *shadow;
     uint32_t pages;
@@ -119,15 +120,23 @@ struct guest_ram {
     int pagemap_fd;
     uint8_t *staging; /* FREEZE_MAX_PAGES pages, registered with guest_fd */
     uint32_t staged;  /* of these, from the first on: used by freezes that are over */
+    /* Set by who opens a file for direct I/O: nothing is frozen until its file system was looked
+     * at. */
+    uint32_t direct_io_changed;
     struct page_source sources[PLACE_COUNT];
-    uintptr_t lowest; /* of all live blocks */
+    struct lock adding; /* held by who takes a block in */
+    uintptr_t lowest;   /* of all live blocks */
     uintptr_t highest;
     uint32_t block_count;
     uint32_t next_page;
     struct ram_block blocks[RAM_MAX_BLOCKS];
     struct broken_queue broken;
-    uint64_t unmerges;            /* shares that ended, ever */
-    uint64_t discards;            /* those of them that ended by a discard */
+    uint64_t unmerges; /* shares that ended, ever */
+    uint64_t discards; /* those of them that ended by a discard */
+    /* The VMAs that shares may cost when they are made or end, from now on, and (an estimate) what
+     * they have cost. 0 allowed: nobody counts. */
+    int64_t vmas_allowed;
+    int64_t vmas_spent;
     uint64_t refused_transitions; /* a defect of ours: reported, never corrected */
 };
 
@@ -146,7 +155,7 @@ void ram_close(struct guest_ram *ram);
  * Takes a block in. The range must be whole pages of one kind: private, anonymous, readable and
  * writable, not locked, not huge TLB, not registered with somebody's userfaultfd (ram_inspect
  * tells). With `fresh` the caller promises that no other thread touches it now; if nothing is in
- * it, it is replaced by a piece of its shadow. Returns 0 and the block, or -errno.
+ * it, it is replaced by a piece of its shadow. Any thread. Returns 0 and the block, or -errno.
  */
 int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
             struct ram_block **ret_block);
@@ -253,6 +262,13 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
 /* Notes that the shares of these pages have ended. Caller holds the block's lock. */
 void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint32_t index,
                      uint32_t pages);
+
+/* Pages [index, index + pages) are to leave the store's mappings. How many VMAs that makes, -2 to
+ * 2, if the kernel joins what it can. Caller holds the lock. */
+int ram_split_cost(const struct ram_block *block, uint32_t index, uint32_t pages);
+/* May so many be spent? If not, the VMM itself would soon get no mapping any more. */
+bool ram_may_spend(const struct guest_ram *ram, int vmas);
+void ram_spend(struct guest_ram *ram, int vmas);
 
 /* Sets or clears the captive flag. Caller holds the lock. */
 void ram_set_captive(struct ram_block *block, uint32_t index, bool captive);

@@ -40,7 +40,8 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
 int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
                     bool arm);
 
-/* Registers [index, index + pages) with guest_fd. 0 or -errno. */
+/* Registers [index, index + pages) with guest_fd. 0 or -errno: then none of it is (after -ENOMEM
+ * not what was before, either). */
 int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 #endif

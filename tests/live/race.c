@@ -34,10 +34,8 @@
 #include <unistd.h>
 
 #include "discard.h"
-#include "fault.h"
 #include "freeze.h"
-#include "merge.h"
-#include "remap.h"
+#include "race_parts.h"
 
 #define SLOTS 1024U
 enum {
@@ -56,12 +54,6 @@ enum {
 static const char *const part_names[PART_COUNT] = {"thread",  "thread",  "direct", "fixed",
                                                    "outside", "discard", "fork"};
 
-static struct guest_ram ram;
-static struct fault_handler handler;
-static struct segments segments;
-static struct merge_stats stats;
-static struct ram_block *block;
-
 static uint64_t wanted_merges = 200000;
 static bool no_freeze;
 static const char *direct_path;
@@ -72,14 +64,6 @@ static struct shared {
     uint32_t errors;
     uint64_t rounds[PART_COUNT];
 } * shared;
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 static void fill(void *page, uint32_t content)
 {
@@ -396,23 +380,6 @@ static void *fork_again_and_again(void *context)
 
 /* ---- the merger ---- */
 
-/* What must never be done: compare in place, then map. */
-static void merge_without_freeze(uint32_t index, uint32_t slot, uint32_t pages)
-{
-    uint8_t *view = segments_view(&segments, slot, pages);
-    uint32_t captives;
-
-    for (uint32_t i = 0; i < pages; i++) {
-        lock_take(&block->lock);
-        if (ram_place(block, index + i) == PLACE_PRIVATE && !ram_captive(block, index + i) &&
-            memcmp(ram_address(block, index + i), view + i * PAGE_BYTES, PAGE_BYTES) == 0 &&
-            remap_to_store(&ram, block, index + i, 1, view + i * PAGE_BYTES, slot + i, &captives) ==
-                0)
-            stats.merges++;
-        lock_release(&block->lock);
-    }
-}
-
 static void merge_some(uint32_t *random)
 {
     uint8_t outcomes[FREEZE_MAX_PAGES];
@@ -440,9 +407,7 @@ static int make_store(void)
         if (pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES) != (ssize_t)PAGE_BYTES)
             return -EIO;
     }
-    if (fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
-        return -errno;
-    return segments_add(&segments, 1, SLOTS, fd);
+    return take_store(fd, SLOTS);
 }
 
 static int set_up(void)
@@ -450,24 +415,13 @@ static int set_up(void)
     const char *reason = "";
     uint8_t *guest = mmap(NULL, PAGES * PAGE_BYTES + HUGE_BYTES, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    int r = ram_open(&ram, -1, &reason);
+    int r;
 
-    if (r < 0) {
+    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+    r = take_memory_in(guest, PAGES * PAGE_BYTES, &reason);
+    if (r < 0 && reason) {
         printf("skip race: %s\n", reason);
         exit(77);
-    }
-    ram.sources[PLACE_SHARED] = segments_source(&segments);
-    r = fault_start(&handler, &ram);
-    fault_open(&handler);
-    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
-    if (r == 0)
-        r = ram_add(&ram, guest, PAGES * PAGE_BYTES, 0, true, &block);
-    for (uint32_t c = 0; r == 0 && c < block->chunk_count; c++) {
-        uint32_t first = ram_chunk_first(block, c);
-        lock_take(&block->lock);
-        r = remap_arm(&ram, block, first, ram_chunk_end(block, c) - first);
-        block->chunks[c].state = CHUNK_ARMED;
-        lock_release(&block->lock);
     }
     for (uint32_t i = 0; r == 0 && i < PAGES; i++)
         fill_version(ram_address(block, i), i, false);

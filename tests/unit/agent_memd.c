@@ -11,24 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-static void say(int to, const void *message, size_t bytes, int fd)
-{
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(fd));
-    }
-    (void)sendmsg(to, &header, MSG_NOSIGNAL);
-}
+#include "send_with.h"
 
 /* Caller holds the lock. */
 static void greet(struct memd_end *end, int fd)
@@ -45,7 +28,7 @@ static void greet(struct memd_end *end, int fd)
     end->ring = mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ring, 0);
     end->head = 0;
     end->fd = fd;
-    say(fd, &welcome, sizeof(welcome), ring);
+    (void)send_with(fd, &welcome, sizeof(welcome), ring);
     close(ring);
 }
 
@@ -128,7 +111,7 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
 
     pthread_mutex_lock(&end->lock);
     if (end->fd >= 0)
-        say(end->fd, &message, sizeof(message), fd);
+        (void)send_with(end->fd, &message, sizeof(message), fd);
     pthread_mutex_unlock(&end->lock);
 }
 
@@ -141,7 +124,7 @@ void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
         pthread_mutex_lock(&end->lock);
         given = end->fd >= 0;
         if (given)
-            say(end->fd, &message, sizeof(message), fd);
+            (void)send_with(end->fd, &message, sizeof(message), fd);
         pthread_mutex_unlock(&end->lock);
         if (!given)
             usleep(1000);
@@ -158,7 +141,7 @@ void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t
         ring_put(&end->ring->to_agent, &end->head,
                  (struct ring_entry){RING_MERGE, page + i, slot + i});
     if (end->fd >= 0)
-        say(end->fd, &bell, sizeof(bell), -1);
+        (void)send_with(end->fd, &bell, sizeof(bell), -1);
     pthread_mutex_unlock(&end->lock);
 }
 

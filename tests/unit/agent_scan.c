@@ -289,10 +289,23 @@ Test(agent_scan, what_changes_after_a_long_rest_is_found_though_it_is_looked_at_
     for (uint32_t i = 0; i < 40; i++)
         pass();
     write_page(3, 2);
-    cr_assert_gt(passes_until_offered(3, 2, 16), 2);
-    write_page(4, 2); /* the chunk is awake again */
-    cr_assert_eq(passes_until_offered(4, 1, 2), 2);
+    cr_assert_gt(passes_until_offered(3, 2, 12), 2);
+    write_page(3, 3);
+    cr_assert_gt(passes_until_offered(3, 3, 8), 2); /* a little keeps it half awake */
     cr_assert_eq(offers[700], 1);
+}
+
+Test(agent_scan, much_that_changes_after_a_long_rest_wakes_its_chunk)
+{
+    scanner.lazy = true;
+    for (uint32_t i = 0; i < 40; i++)
+        pass();
+    for (uint32_t i = 0; i <= SURVEY_LITTLE; i++)
+        write_page(i, 1);
+    /* At most 8 passes until that is seen, and then every pass counts. */
+    cr_assert_leq(passes_until_offered(3, 1, 9), 9);
+    write_page(4, 2);
+    cr_assert_eq(passes_until_offered(4, 2, 2), 2);
 }
 
 Test(agent_scan, pages_that_change_all_the_time_keep_their_chunk_from_being_looked_at_each_pass)
@@ -317,6 +330,16 @@ Test(agent_scan, nobody_is_left_out_while_the_scan_is_in_a_hurry)
         pass();
     write_page(3, 2);
     cr_assert_eq(passes_until_offered(3, 2, 2), 2);
+}
+
+Test(agent_scan, only_looks_at_armed_chunks_can_be_fruitless)
+{
+    write_page(3, 1);
+    for (uint32_t i = 0; i < 10; i++)
+        pass();
+    cr_assert_gt(block->chunks[0].fruitless, 5);
+    cr_assert_eq(block->chunks[1].state, CHUNK_EMPTY);
+    cr_assert_eq(block->chunks[1].fruitless, 0);
 }
 
 Test(agent_scan, a_chunk_that_is_all_shared_is_looked_at_again_when_a_share_breaks)

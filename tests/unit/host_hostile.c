@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "host_world.h"
@@ -17,10 +19,7 @@ struct scene {
 
 static void set_up(struct scene *scene)
 {
-    char config[128];
-
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    world_start(&scene->world, config);
+    world_start(&scene->world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&scene->fakes[i], &scene->world, i ? "honest" : "liar", "web", 100);
         for (uint32_t page = 0; page < 100; page++)
@@ -314,6 +313,54 @@ Test(host_hostile, a_token_that_was_not_given_is_refused)
     cr_assert_eq(registry_find(&world.daemon, "a")->presence, AGENT_NONE);
     fake_close(&fake);
     world_stop(&world);
+}
+
+/* Connects as this user, and says nothing. */
+static void stay_silent(struct fake *fake, struct world *world, uid_t uid)
+{
+    cr_assert_eq(seteuid(uid), 0);
+    fake_connect(fake, world, "00000000000000000000000000000000");
+    cr_assert_eq(seteuid(0), 0);
+    world_turn(world);
+}
+
+/* 32 of a user are let in, 256 of all but root. */
+Test(host_hostile, users_whose_connections_say_nothing_keep_nobody_out)
+{
+    struct world world;
+    struct fake *silent = calloc(300, sizeof(*silent));
+    struct fake honest;
+    struct message_words words = {0};
+    uint32_t silents = 0;
+
+    if (geteuid() != 0)
+        cr_skip_test("needs root to be other users");
+    world_start(&world, "");
+    cr_assert_eq(chmod(world.dir, 0711), 0);
+    for (int i = 0; i < 33; i++)
+        stay_silent(&silent[silents++], &world, 5001);
+    UNTIL(&world, NULL, 0, world.daemon.agents.turned_away == 1);
+    cr_assert_eq(world.daemon.agents.count, 32);
+    cr_assert_eq(recv(silent[32].fd, &words, sizeof(words), 0), (ssize_t)sizeof(words));
+    cr_assert_eq(words.header.type, MESSAGE_REFUSED);
+    stay_silent(&silent[silents++], &world, 5002);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 33);
+    for (uid_t uid = 5003; uid < 5011; uid++)
+        for (int i = 0; i < 31; i++)
+            stay_silent(&silent[silents++], &world, uid);
+    UNTIL(&world, NULL, 0, world.daemon.agents.turned_away == 26);
+    cr_assert_eq(world.daemon.agents.count, 256);
+    fake_join(&honest, &world, "a", NULL, 10);
+    /* Who has gone leaves its place. */
+    fake_close(&silent[0]);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 256);
+    stay_silent(&silent[silents++], &world, 5001);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 257);
+    fake_close(&honest);
+    for (uint32_t i = 1; i < silents; i++)
+        fake_close(&silent[i]);
+    world_stop(&world);
+    free(silent);
 }
 
 Test(host_hostile, a_second_agent_for_one_guest_is_refused)

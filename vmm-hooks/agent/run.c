@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The scanner's thread: set up, then turn after turn: what memd says, a step of the scan, sleep.
+ * The scanner's thread: set up, then turn after turn: what memd says, a slice of the scan, sleep.
  *
  * It starts its passes a second apart while they find much, and slows down to memd's revisit time
- * when they don't. It stays within its share of CPU: every step is paid from a budget that grows
+ * when they don't. It stays within its share of CPU: every slice is paid from a budget that grows
  * with time.
  */
 #include <errno.h>
@@ -19,6 +19,9 @@
 /* A pass in which more than one page in this many became a candidate is followed soon. */
 #define BUSY_FRACTION 512U
 #define BUDGET_CAP_NS 50000000LL
+/* A turn scans for so long before it hears memd again: a quiet step costs less than to ask whether
+ * memd has said anything. */
+#define SLICE_NS 200000ULL
 /* How long one look at the VMM's descriptors and at swap holds (besides: an open by the VMM ends
  * it). */
 #define LOOK_NS 100000000ULL
@@ -74,7 +77,7 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
     uint64_t now = run_now_ns();
     bool free;
 
-    if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
+    if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
         now - vm->looked_at_ns > LOOK_NS) {
         vm->looked_at_ns = now;
         vm->freeze_allowed = nothing_forbids_freezing(vm);
@@ -87,17 +90,27 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
     return free;
 }
 
+/* So many VMAs there are at most: those that were counted, what merges have added since, and two
+ * for each share that ended (a page broken or discarded in the middle of a run). */
+static uint64_t vma_bound(const struct memd_vm *vm)
+{
+    uint64_t ended = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED) - vm->unmerges_counted;
+
+    return (uint64_t)vm->vmas + vm->merge.vmas_added + 2 * ended;
+}
+
 uint32_t run_shortest_run(const struct memd_vm *vm)
 {
-    uint32_t vmas = vm->vmas + vm->merge.vmas_added;
+    uint64_t vmas = vma_bound(vm);
+    uint64_t limit = vm->vma_limit;
 
-    if (vmas + 2 > vm->vma_limit)
+    if (vmas + 2 > limit)
         return 0;
-    if (vmas < vm->vma_limit / 2)
+    if (vmas < limit / 2)
         return 1;
-    if (vmas < vm->vma_limit / 4 * 3)
+    if (vmas < limit / 4 * 3)
         return 2;
-    return vmas < vm->vma_limit / 8 * 7 ? 4 : 16;
+    return vmas < limit / 8 * 7 ? 4 : 16;
 }
 
 static bool offer(void *context, uint32_t page, uint64_t hash)
@@ -107,21 +120,46 @@ static bool offer(void *context, uint32_t page, uint64_t hash)
     return vm->rpc.fd >= 0 && rpc_put(&vm->rpc, RING_OFFER, page, hash);
 }
 
+/* Shares that end may go into the VMM's quarter, but only by half: behind that the kernel's silent
+ * copies are the lesser evil. */
+static void allow_splits(struct memd_vm *vm)
+{
+    int64_t allowed = (int64_t)vm->vma_limit + vm->vma_limit / 6 - vm->vmas;
+
+    __atomic_store_n(&vm->ram.vmas_spent, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&vm->ram.vmas_allowed, allowed > 0 ? allowed : 1, __ATOMIC_RELAXED);
+}
+
 static void count_vmas(struct memd_vm *vm)
 {
+    /* Before it is counted: a share that ends meanwhile is in both. */
+    uint64_t unmerges = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED);
     int vmas = procfs_count_vmas();
 
     if (vmas > 0) {
         vm->vmas = (uint32_t)vmas;
         vm->merge.vmas_added = 0;
+        vm->unmerges_counted = unmerges;
+        allow_splits(vm);
     }
 }
 
-/* Counting reads /proc/self/maps, a microsecond a line. What was added is an upper bound, which is
- * enough while it is far from the budget and more is added all the time. */
+bool run_count_again(struct memd_vm *vm)
+{
+    if (vma_bound(vm) <= (uint64_t)vm->vmas + vm->vma_limit / 8)
+        return false;
+    count_vmas(vm);
+    return true;
+}
+
+/* Counting reads /proc/self/maps, a microsecond a line. The upper bound is enough while it is far
+ * from the budget and more is added all the time, or hardly any. */
 static bool is_worth_counting(const struct memd_vm *vm, bool busy)
 {
-    return !busy || vm->vmas + vm->merge.vmas_added > vm->vma_limit / 4;
+    uint64_t bound = vma_bound(vm);
+
+    return bound > vm->vmas &&
+           ((!busy && bound - vm->vmas > vm->vmas / 16) || bound > vm->vma_limit / 4);
 }
 
 /* ---- setting up ---- */
@@ -188,7 +226,7 @@ static void try_to_resume(struct memd_vm *vm)
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
         lock_take(&block->lock);
-        block->resting = registers_since(vm, begun);
+        block->resting = block->given_back || registers_since(vm, begun);
         lock_release(&block->lock);
     }
     expected = AGENT_ACTIVE;
@@ -249,11 +287,12 @@ static void end_pass(struct memd_vm *vm)
     if (vm->interval_ms > vm->revisit_ms)
         vm->interval_ms = vm->revisit_ms ? vm->revisit_ms : 1;
     vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
-    if (vm->merge.vmas_added > 0 && is_worth_counting(vm, busy))
+    if (is_worth_counting(vm, busy))
         count_vmas(vm);
     session_drop_again(vm);
-    session_put(vm, RING_PASS, 0, vm->scanner.passes);
-    session_send_stats(vm);
+    if (vm->scanner.pass_candidates > 0)
+        session_put(vm, RING_PASS, 0, vm->scanner.passes);
+    session_end_pass(vm);
 }
 
 static bool may_scan(const struct memd_vm *vm)
@@ -263,7 +302,17 @@ static bool may_scan(const struct memd_vm *vm)
            __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
 }
 
-/* One step of the scan, if it is time. Returns how long nothing is to be done. */
+static enum scan_result scan_slice(struct scanner *scanner, uint64_t start)
+{
+    enum scan_result result;
+
+    do
+        result = scan_step(scanner);
+    while (result == SCAN_MORE && run_now_ns() - start < SLICE_NS);
+    return result;
+}
+
+/* A slice of the scan, if it is time. Returns how long nothing is to be done. */
 static uint64_t scan_turn(struct memd_vm *vm)
 {
     uint64_t now = run_now_ns();
@@ -292,7 +341,7 @@ static uint64_t scan_turn(struct memd_vm *vm)
         vm->scanner.pass_candidates = 0;
         vm->scanner.pass_written = 0;
     }
-    switch (scan_step(&vm->scanner)) {
+    switch (scan_slice(&vm->scanner, now)) {
     case SCAN_PASS_END: end_pass(vm); return 0;
     case SCAN_FULL: rpc_ring(&vm->rpc); return 2000000;
     case SCAN_MORE: break;
@@ -311,8 +360,10 @@ static void turn(struct memd_vm *vm)
         session_open(vm);
     wait = scan_turn(vm);
     freeze_empty(&vm->ram);
+    /* A pass at rest is short: its end is soon enough for memd to hear of it, at once of all. */
     if (vm->rpc.fd >= 0) {
-        rpc_ring(&vm->rpc);
+        if (wait > 0 || !vm->scanner.lazy)
+            rpc_ring(&vm->rpc);
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;
     }

@@ -22,6 +22,8 @@
 #define MOMENT_NS 200000L
 /* A second for a page buffer. */
 #define BUFFER_TRIES 5000
+/* After so many passes memd is told of what it knows already, but for the time that was used. */
+#define TOLD_PASSES 8U
 /* Merge answers taken together: long enough for whole runs, short enough for one turn. */
 #define ANSWERS 512U
 
@@ -506,10 +508,19 @@ static void report_outcome(struct memd_vm *vm, struct ram_block *block, uint32_t
     }
 }
 
+/* Is a run of so many pages not worth the VMAs that it takes? */
+static bool is_too_short(struct memd_vm *vm, uint32_t pages)
+{
+    uint32_t shortest = run_shortest_run(vm);
+
+    if ((shortest == 0 || pages < shortest) && run_count_again(vm))
+        shortest = run_shortest_run(vm);
+    return shortest == 0 || pages < shortest;
+}
+
 static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t pages)
 {
     struct ram_block *block = ram_find_page(&vm->ram, page);
-    uint32_t shortest = run_shortest_run(vm);
     uint8_t outcomes[ANSWERS];
     uint32_t index;
 
@@ -520,7 +531,7 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
         return;
     }
     index = page - block->first_page;
-    if (shortest == 0 || pages < shortest) {
+    if (is_too_short(vm, pages)) {
         memset(outcomes, NOT_MERGED_BUDGET, pages);
         agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
     } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
@@ -554,7 +565,9 @@ static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
     uint32_t slot = (uint32_t)entry->arg;
     uint8_t outcome = NOT_MERGED_GONE;
 
-    if (block)
+    if (block && is_too_short(vm, UINT32_MAX)) /* not for being short: no VMA is left */
+        outcome = NOT_MERGED_BUDGET;
+    else if (block)
         outcome = merge_remap(&vm->ram, &vm->segments, block, entry->page - block->first_page, slot,
                               &vm->merge);
     session_put(vm, outcome ? RING_NOT_MERGED : RING_MERGED, entry->page,
@@ -604,8 +617,6 @@ uint32_t session_turn(struct memd_vm *vm)
     }
     if (__atomic_load_n(&vm->news, __ATOMIC_ACQUIRE))
         session_send_stats(vm);
-    if (vm->rpc.fd >= 0)
-        rpc_ring(&vm->rpc);
     return done;
 }
 
@@ -690,10 +701,11 @@ static void fill_places(struct memd_vm *vm, struct message_stats *stats)
     }
 }
 
-void session_send_stats(struct memd_vm *vm)
+static void fill_stats(struct memd_vm *vm, struct message_stats *ret_stats)
 {
-    struct message_stats stats = {
-        .header = {MESSAGE_STATS, sizeof(stats)},
+    *ret_stats = (struct message_stats){
+        .header = {MESSAGE_STATS, sizeof(*ret_stats)},
+        .state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE),
         .passes = vm->scanner.passes,
         .merges = vm->merge.merges,
         .zero_merges = vm->scanner.zero_merges,
@@ -702,28 +714,75 @@ void session_send_stats(struct memd_vm *vm)
         .busy = vm->merge.busy + vm->scanner.busy,
         .hashed = vm->scanner.hashed,
         .discards = vm->ram.discards,
-        .cpu_ns = run_cpu_ns(vm),
         .huge_pages = vm->scanner.huge_chunks,
         .vmas = vm->vmas,
         .vma_budget = vm->vma_limit,
-        .fault_count = vm->handler.times.count,
-        .fault_p50_us = fault_quantile_us(&vm->handler.times, 0.50),
-        .fault_p99_us = fault_quantile_us(&vm->handler.times, 0.99),
-        .fault_p999_us = fault_quantile_us(&vm->handler.times, 0.999),
-        .fault_max_us = (uint32_t)vm->handler.times.max_us,
     };
+    fill_places(vm, ret_stats);
+    lock_take(&vm->words);
+    memcpy(ret_stats->reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
+           vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(ret_stats->reason));
+    lock_release(&vm->words);
+}
+
+/* What changes although nothing happens. */
+static void fill_times(struct memd_vm *vm, struct message_stats *stats)
+{
+    stats->cpu_ns = run_cpu_ns(vm);
+    stats->fault_count = vm->handler.times.count;
+    stats->fault_p50_us = fault_quantile_us(&vm->handler.times, 0.50);
+    stats->fault_p99_us = fault_quantile_us(&vm->handler.times, 0.99);
+    stats->fault_p999_us = fault_quantile_us(&vm->handler.times, 0.999);
+    stats->fault_max_us = (uint32_t)vm->handler.times.max_us;
+}
+
+static void send_stats(struct memd_vm *vm, struct message_stats *stats)
+{
+    fill_times(vm, stats);
+    if (rpc_send(&vm->rpc, stats, sizeof(*stats), -1) < 0)
+        return;
+    vm->told = *stats;
+    vm->rpc.dirty = false; /* they ring too */
+}
+
+void session_send_stats(struct memd_vm *vm)
+{
+    struct message_stats stats;
 
     if (vm->rpc.fd < 0)
         return;
     __atomic_store_n(&vm->news, 0, __ATOMIC_RELEASE);
-    stats.state = __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE);
     session_report(vm);
-    fill_places(vm, &stats);
+    fill_stats(vm, &stats);
+    if (vm->rpc.fd >= 0)
+        send_stats(vm, &stats);
+}
+
+/* Do these say what memd knows already? Passes and times don't count. */
+static bool is_told(const struct memd_vm *vm, const struct message_stats *stats)
+{
+    struct message_stats told = vm->told;
+
+    told.passes = stats->passes;
+    told.hashed = stats->hashed;
+    told.cpu_ns = stats->cpu_ns;
+    told.fault_count = stats->fault_count;
+    told.fault_p50_us = stats->fault_p50_us;
+    told.fault_p99_us = stats->fault_p99_us;
+    told.fault_p999_us = stats->fault_p999_us;
+    told.fault_max_us = stats->fault_max_us;
+    return memcmp(&told, stats, sizeof(told)) == 0;
+}
+
+void session_end_pass(struct memd_vm *vm)
+{
+    struct message_stats stats;
+
     if (vm->rpc.fd < 0)
         return;
-    lock_take(&vm->words);
-    memcpy(stats.reason, vm->gate.quarantined ? vm->gate.offence : vm->reason,
-           vm->gate.quarantined ? strlen(vm->gate.offence) + 1 : sizeof(stats.reason));
-    lock_release(&vm->words);
-    rpc_send(&vm->rpc, &stats, sizeof(stats), -1);
+    session_report(vm);
+    fill_stats(vm, &stats);
+    if (vm->rpc.fd >= 0 &&
+        (vm->scanner.passes - vm->told.passes >= TOLD_PASSES || !is_told(vm, &stats)))
+        send_stats(vm, &stats);
 }

@@ -168,13 +168,14 @@ static int list_written(struct chunk_view *view)
 static void scan_armed(struct chunk_view *view)
 {
     struct page_region *regions = view->scanner->regions;
+    uint64_t candidates = view->scanner->pass_candidates;
     uint32_t written = 0;
-    bool fresh = false; /* written now, and not at the last look */
+    uint32_t fresh = 0; /* written now, and not at the last look */
     int count = list_written(view);
 
     for (int r = 0; r < count; r++)
         for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES) {
-            fresh = fresh || !ram_young(view->block, page_at(view, at));
+            fresh += !ram_young(view->block, page_at(view, at));
             ram_set_young(view->block, page_at(view, at), false);
         }
     collect_candidates(view);
@@ -184,7 +185,7 @@ static void scan_armed(struct chunk_view *view)
             written++;
         }
     view->scanner->pass_written += written;
-    survey_count_fruitless(view->chunk, fresh || view->scanner->have_pending);
+    survey_count_look(view->chunk, fresh + (uint32_t)(view->scanner->pass_candidates - candidates));
     review_armed(view, written);
 }
 
@@ -357,6 +358,11 @@ static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uin
     return done;
 }
 
+static bool is_readable(const struct ram_block *block)
+{
+    return block->live && !block->resting;
+}
+
 /* One candidate, or a run of zero pages that starts with it; false when the sink is full. */
 static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t first, uint32_t i,
                     uint32_t chunk_pages)
@@ -364,11 +370,12 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
     uint32_t run = 0;
     uint64_t hash = 0;
 
+    /* A resting block may have been unmapped in part. */
     lock_take(&block->reading);
-    while (block->live && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
+    while (is_readable(block) && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
            is_pending(scanner, i + run) && hash_page_is_zero(ram_address(block, first + i + run)))
         run++;
-    if (block->live && run == 0)
+    if (is_readable(block) && run == 0)
         hash = hash_page(&scanner->secret, ram_address(block, first + i));
     lock_release(&block->reading);
     if (run > 0) {
@@ -376,7 +383,7 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
         return true;
     }
     scanner->hashed++;
-    if (block->live &&
+    if (is_readable(block) &&
         !scanner->sink.offer(scanner->sink.self, block->first_page + first + i, hash))
         return false;
     clear_pending(scanner, i, 1);

@@ -151,17 +151,22 @@ void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_
             mark_busy(survey, c, c + 1);
         if (survey_is_quiet(survey, block, c)) {
             block->chunks[c].hot_passes = 0;
-            survey_count_fruitless(&block->chunks[c], false);
+            if (block->chunks[c].state == CHUNK_ARMED)
+                survey_count_look(&block->chunks[c], 0);
         }
     }
 }
 
-void survey_count_fruitless(struct chunk *chunk, bool fruit)
+void survey_count_look(struct chunk *chunk, uint32_t new_pages)
 {
-    if (fruit)
+    uint32_t most = new_pages ? SURVEY_FRUITLESS_8TH - 1 : UINT8_MAX;
+
+    if (new_pages > SURVEY_LITTLE)
         chunk->fruitless = 0;
-    else if (chunk->fruitless < UINT8_MAX)
+    else if (chunk->fruitless < most)
         chunk->fruitless++;
+    else
+        chunk->fruitless = (uint8_t)most;
 }
 
 struct survey_extent survey_written(const struct survey *survey, const struct ram_block *block,

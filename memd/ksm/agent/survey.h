@@ -18,10 +18,15 @@
 /* A chunk at which so many looks in a row were fruitless is looked at every 2nd, 4th, 8th pass
  * while the survey is lazy. Fruitless: no page became a candidate, and none was written but those
  * that were written at the look before as well (an idle guest's kernel writes the same pages for
- * ever). (As ksmd's smart_scan does with pages: skip_age() in mm/ksm.c, Linux 6.7.) */
-#define SURVEY_FRUITLESS_2ND 3U
-#define SURVEY_FRUITLESS_4TH 5U
-#define SURVEY_FRUITLESS_8TH 8U
+ * ever). A little fruit wakes nobody: it is worth every 4th pass. (As ksmd's smart_scan does with
+ * pages: skip_age() in mm/ksm.c, Linux 6.7.) So a page that rests is found after 12 passes at the
+ * latest: 8 until it is seen that it was written, 4 until that it was not again. */
+#define SURVEY_FRUITLESS_2ND 2U
+#define SURVEY_FRUITLESS_4TH 3U
+#define SURVEY_FRUITLESS_8TH 5U
+
+/* So many new pages are a little fruit: 1 % of a chunk. */
+#define SURVEY_LITTLE 5U
 
 /* 32 MiB: its page tables are walked in 25 to 100 us, during which the block is locked. */
 #define SURVEY_CHUNKS 16U
@@ -46,8 +51,8 @@ struct survey {
 void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_block *block,
                  uint32_t first, struct page_region *regions);
 
-/* A look at an armed chunk is over: was there anything new? */
-void survey_count_fruitless(struct chunk *chunk, bool fruit);
+/* A look at an armed chunk is over, and so many of its pages were new. */
+void survey_count_look(struct chunk *chunk, uint32_t new_pages);
 
 /* Where the survey saw writes in the armed chunk; all of it when it was not surveyed. */
 struct survey_extent survey_written(const struct survey *survey, const struct ram_block *block,

@@ -694,7 +694,7 @@ static uint64_t append_bits(struct incoming *incoming, enum wire_type type, uint
 
     wire_write_header(at, type, count, page);
     for (uint32_t w = 0; w < words; w++) {
-        uint64_t first = page + w * 64;
+        uint64_t first = page + (uint64_t)w * 64;
         uint32_t pages = count - w * 64 < 64 ? count - w * 64 : 64;
         uint64_t mask = pages == 64 ? ~0ULL : (1ULL << pages) - 1;
         uint64_t bits =

@@ -186,7 +186,8 @@ static void find_contents(struct outgoing *outgoing, const struct run *run,
     struct ram_block *block = run->region->block;
     uint32_t index = (uint32_t)(run->page - run->region->first);
 
-    memset(ret_entries, 0, run->count * sizeof(*ret_entries));
+    for (uint32_t i = 0; i < run->count; i++)
+        ret_entries[i] = NULL;
     if (outgoing->slots.room == 0)
         return;
     lock_take(&block->lock);

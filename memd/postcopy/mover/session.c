@@ -134,8 +134,8 @@ static void source_when_cut(struct session *session, int error)
     session->linked = session->data_linked = false;
     do_it(session, ACTION_DROP_LINKS);
     switch (session->state) {
-    case SOURCE_ABORTING: break; /* what comes of it is seen when the agent has answered */
-    case SOURCE_COMMITTING: break;
+    case SOURCE_ABORTING:
+    case SOURCE_COMMITTING: break; /* what comes of it is seen when the agent has answered */
     case SOURCE_TELLING: do_it(session, ACTION_CONNECT); break;
     case SOURCE_PROVEN: end(session, OUTCOME_COMPLETED); break;
     case SOURCE_COMMITTED:
