@@ -120,11 +120,11 @@ static enum ctl_status wait_for_memd(const char *socket)
 {
     ctl_say("the migration goes on without memd; waiting until it is back");
     for (long waited = 0; waited < MEMD_WAIT_S * 1000L; waited += LOOK_MS) {
-        json_t *status;
-        bool back = ctl_http_reachable(socket, &status);
+        json_t *host = NULL;
+        bool reachable = ctl_http_reachable(socket, &host);
 
-        json_decref(status);
-        if (back)
+        json_decref(host);
+        if (reachable)
             return CTL_DONE;
         pause_ms(LOOK_MS);
     }

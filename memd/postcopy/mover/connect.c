@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -16,6 +17,9 @@
 #define BACKOFF_MOST_NS  NS_PER_S
 /* How long one try to come back may take: a host that drops packets does not answer at all. */
 #define TRY_NS (1 * NS_PER_S)
+
+/* For a greeting, with TLS before it, between hosts that are not far from each other. */
+#define GREETED_LEAST_NS (500 * NS_PER_MS)
 
 static const struct link closed = {.fd = -1};
 
@@ -259,18 +263,42 @@ int connect_take_first(struct mover *mover, int fd)
     return link_accept(&mover->control, fd, mover->tls, mover->now_ns);
 }
 
+/* A place for one more connection that has not said what it is for. When all are taken, the one
+ * that has been silent for longest goes: whoever means it says so at once. */
+static struct link *place_for_one(struct mover *mover)
+{
+    struct link *oldest = &mover->greeted[0];
+
+    for (unsigned i = 0; i < GREETED_MAX; i++) {
+        if (mover->greeted[i].state == LINK_NONE)
+            return &mover->greeted[i];
+        if (mover->greeted[i].deadline_ns < oldest->deadline_ns)
+            oldest = &mover->greeted[i];
+    }
+    if (mover->now_ns + LINK_GREETING_NS < oldest->deadline_ns + GREETED_LEAST_NS)
+        return NULL;
+    link_close(oldest);
+    *oldest = closed;
+    return oldest;
+}
+
 void connect_accept(struct mover *mover)
 {
-    for (unsigned i = 0; i < GREETED_MAX; i++) {
+    struct pollfd arrivals = {.fd = mover->listener, .events = POLLIN};
+    struct link *place;
+
+    for (unsigned i = 0; i < GREETED_MAX && poll(&arrivals, 1, 0) > 0; i++) {
         int fd;
 
-        if (mover->greeted[i].state != LINK_NONE)
-            continue;
+        place = place_for_one(mover);
+        if (!place)
+            return;
         fd = accept4(mover->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
         if (fd < 0)
             return;
-        if (link_accept(&mover->greeted[i], fd, mover->tls, mover->now_ns))
-            mover->greeted[i] = closed;
+        if (link_accept(place, fd, mover->tls, mover->now_ns))
+            *place = closed;
     }
 }
 
