@@ -56,7 +56,8 @@ bool move_is_right(const struct move_pair *pair, uint32_t page);
 
 /* Pages that the map calls remote. */
 uint64_t move_stop(struct move_pair *pair);
-/* expect, link, stop. */
+/* expect, link, stop; until the map has arrived, before which a guest does not run there, and a cut
+ * is the end of the migration. */
 void move_begin(struct move_pair *pair);
 /* Waits until *word is not 0. */
 void move_wait(const uint32_t *word);

@@ -151,6 +151,7 @@ void move_begin(struct move_pair *pair)
     cr_assert_eq(incoming_expect(&pair->incoming), 0);
     move_link(pair);
     move_stop(pair);
+    move_wait(&pair->incoming.mapped);
 }
 
 uint64_t move_stop(struct move_pair *pair)

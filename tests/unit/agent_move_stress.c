@@ -96,7 +96,6 @@ static uint64_t move_once(uint64_t seed)
     move_fill(&pair);
     move_open(&pair, &tuning);
     move_begin(&pair);
-    move_wait(&pair.incoming.mapped); /* before that no guest runs there */
     for (uint32_t i = 0; i < THREADS; i++) {
         workers[i] = (struct worker){.seed = seed + i, .number = i};
         pthread_create(&workers[i].thread, NULL, work, &workers[i]);
