@@ -153,6 +153,7 @@ Test(mover_session, cut_before_commit_leaves_the_guest_at_the_source)
         bring_source(&source, at);
         cut(&source);
         cr_assert(asks(&source, MOVER_ABORT), "in %s", session_state_name(at));
+        cr_assert(source.was_cut);
         cr_assert_eq(source.state, SOURCE_ABORTING);
         done(&source, MOVER_ABORT, 0);
         cr_assert_eq(source.outcome, OUTCOME_SOURCE_RUNS);
@@ -408,6 +409,7 @@ Test(mover_session, guest_that_does_not_resume_is_said_to_be_lost)
 
     bring_source(&source, SOURCE_OFFERED);
     hear(&source, PEER_ABORT, -EIO);
+    cr_assert_not(source.was_cut, "what the destination can't do is begun again in vain");
     done(&source, MOVER_ABORT, -EIO);
     cr_assert_eq(source.outcome, OUTCOME_GUEST_LOST);
 }
