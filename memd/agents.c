@@ -507,6 +507,30 @@ static int handle_doorbell(struct session *session, const void *message, int *fd
     return 0;
 }
 
+/* As the fault handler's; the one before is as it was. */
+static int handle_urgent(struct session *session, const void *message, int *fds, char *words,
+                         size_t words_bytes)
+{
+    const struct message_urgent *urgent = message;
+    struct sched_param first = {.sched_priority = 1}, usual = {0};
+    pid_t tid = (pid_t)urgent->tid;
+
+    (void)fds;
+    (void)words;
+    (void)words_bytes;
+    if (session->urgent && host_process_has_thread(session->pid, session->urgent))
+        (void)sched_setscheduler(session->urgent, SCHED_OTHER, &usual);
+    session->urgent = tid > 0 && tid != session->handler && tid != session->scanner &&
+                              host_process_has_thread(session->pid, tid)
+                          ? tid
+                          : 0;
+    if (session->urgent &&
+        sched_setscheduler(session->urgent, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
+        log_detail("guest '%s': no real-time scheduling for the thread that answers faults (%s)",
+                   session->guest->name, strerror(errno));
+    return 0;
+}
+
 #define WELCOMED (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
 
 #define FROM_BEFORE (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING))
@@ -521,6 +545,7 @@ const struct session_message session_messages[] = {
      handle_detached},
     {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, false, handle_stats},
     {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, false, handle_doorbell},
+    {MESSAGE_URGENT, sizeof(struct message_urgent), WELCOMED, 0, false, handle_urgent},
     {MESSAGE_HELD, sizeof(struct message_segment), FROM_BEFORE, 1, false, handle_held},
     {MESSAGE_HELD_END, sizeof(struct message_plain), FROM_BEFORE, 0, true, handle_held_end},
 };

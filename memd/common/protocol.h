@@ -94,6 +94,9 @@ enum message_type {
     MESSAGE_MOVER = 16,    /* memd: the guest is to move, and this is its mover; one descriptor, a
                               SOCK_SEQPACKET socket that speaks postcopy/common/mover_protocol.h. A
                               second one takes the place of the first */
+    MESSAGE_URGENT = 17,   /* agent, where both have FEATURE_MOVE: which of its threads answers the
+                              faults of a guest that has moved away, and deserves the handler's
+                              priority; there is one at a time, or none */
 };
 
 /* In front of every message; `bytes` is the size of the whole message. */
@@ -159,6 +162,12 @@ struct message_segment {
     struct message_header header;
     uint32_t segment;
     uint32_t pages;
+};
+
+struct message_urgent {
+    struct message_header header;
+    uint32_t tid; /* 0: none */
+    uint32_t unused;
 };
 
 struct message_mover {

@@ -6,10 +6,12 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "discard.h"
@@ -218,6 +220,37 @@ Test(agent_move, remote_memory_is_not_let_go)
     cr_assert_eq(left, ram_chunk_end(block, 1) - ram_chunk_first(block, 1));
     cr_assert_eq(block->chunks[1].state, CHUNK_ARMED);
     cr_assert_eq(block->counts[PLACE_REMOTE], MOVE_PAGES_0);
+}
+
+/* What a child of the VMM gets of page 1: the signal that ends it, or 0 when it was right. */
+static int read_in_child(void)
+{
+    int status = 0;
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        signal(SIGSEGV, SIG_DFL);
+        _exit(move_is_right(&pair, 1) ? 0 : 1);
+    }
+    cr_assert_eq(waitpid(pid, &status, 0), pid);
+    cr_assert(WIFSIGNALED(status) || WEXITSTATUS(status) == 0, "the child read something else");
+    return WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+}
+
+/* It would have copies of the mappings without the userfaultfd, and read zeros. */
+Test(agent_move, a_child_has_no_memory_that_is_still_to_come)
+{
+    move_open(&pair, NULL);
+    cr_assert_eq(incoming_expect(&pair.incoming), 0);
+    cr_assert_eq(read_in_child(), SIGSEGV);
+    move_link(&pair);
+    move_stop(&pair);
+    move_wait_proven(&pair);
+    incoming_close(&pair.incoming);
+    cr_assert_eq(read_in_child(), 0);
+    cr_assert_eq(incoming_open(&pair.incoming, &pair.to.ram, &pair.to.handler,
+                               &(struct mover_tuning){0}, pair.news_to),
+                 0);
 }
 
 /* ---- connections that break ---- */

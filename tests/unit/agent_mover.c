@@ -246,8 +246,13 @@ static void set_up(void)
     may_read = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     *may_read = 1;
     child = fork();
-    if (child == 0)
+    if (child == 0) {
+        /* What the test closes must be closed. */
+        close(at_source[0]);
+        close(at_source[1]);
+        close(at_destination[0]);
         _exit(be_destination(at_destination[1]));
+    }
     close(at_destination[1]);
     start_vmm(MOVER_SOURCE, at_source[1]);
     close(at_source[1]);
@@ -431,4 +436,16 @@ Test(agent_mover, a_stop_that_does_not_end_is_overtaken)
     cr_assert_eq(done.what, MOVER_ABORT);
     cr_assert_eq(done.result, 0);
     cr_assert_eq(vmm.resumes, 1);
+}
+
+/* Nobody is there to end it: the guest is not left paused. (It takes MOVER_PATIENCE_S.) */
+Test(agent_mover, a_mover_that_is_gone_before_the_commit)
+{
+    begin(0);
+    cr_assert_eq(stop(1), 0);
+    close(source.fd);
+    while (__atomic_load_n(&vmm.resumes, __ATOMIC_ACQUIRE) == 0)
+        usleep(10000);
+    cr_assert(is_right());
+    source.fd = -1;
 }

@@ -2,6 +2,8 @@
 /* Agents that lie: each loses its session, and the daemon and its neighbour go on. */
 #include <criterion/criterion.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +13,7 @@
 #include <unistd.h>
 
 #include "host_world.h"
+#include "session.h"
 
 struct scene {
     struct world world;
@@ -416,4 +419,47 @@ Test(host_hostile, one_hash_offered_for_every_page_fills_no_table)
     cr_assert_leq(fake_domain(&fake)->index.used, 1);
     fake_close(&fake);
     world_stop(&world);
+}
+
+static pid_t waiting_tid;
+
+static void *wait_for_release(void *released)
+{
+    __atomic_store_n(&waiting_tid, gettid(), __ATOMIC_RELEASE);
+    while (!__atomic_load_n((bool *)released, __ATOMIC_ACQUIRE))
+        usleep(1000);
+    return NULL;
+}
+
+/* A thread of somebody else's, and then one of its own; told that it is over, it has none. */
+Test(host_hostile, a_priority_for_another_processs_thread)
+{
+    struct message_urgent urgent = {{MESSAGE_URGENT, sizeof(urgent)}, 1, 0};
+    const struct session *session;
+    struct scene scene;
+    bool released = false;
+    pthread_t thread;
+    pid_t tid;
+
+    set_up(&scene);
+    session = registry_find(&scene.world.daemon, "liar")->session;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    fakes_turn(&scene.world, scene.fakes, 2);
+    cr_assert_eq(session->urgent, 0);
+    cr_assert_eq(sched_getscheduler(1), SCHED_OTHER);
+    pthread_create(&thread, NULL, wait_for_release, &released);
+    while ((tid = __atomic_load_n(&waiting_tid, __ATOMIC_ACQUIRE)) == 0)
+        usleep(1000);
+    urgent.tid = (uint32_t)tid;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    UNTIL(&scene.world, scene.fakes, 2, session->urgent == tid);
+    urgent.tid = 0;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    UNTIL(&scene.world, scene.fakes, 2, session->urgent == 0);
+    cr_assert_eq(sched_getscheduler(tid), SCHED_OTHER);
+    __atomic_store_n(&released, true, __ATOMIC_RELEASE);
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 2; i++)
+        fake_close(&scene.fakes[i]);
+    world_stop(&scene.world);
 }

@@ -82,6 +82,7 @@ struct memd_vm {
     uint32_t announced; /* blocks told to memd */
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;
+    uint32_t urgent_told;
     struct message_stats told; /* what memd was told last */
     uint32_t revisit_ms;
     uint32_t cpu_permille;

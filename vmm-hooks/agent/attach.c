@@ -610,10 +610,10 @@ int memd_detach(struct memd_vm *vm)
         return -EDEADLK;
     if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
         return -ENOMEM;
-    migration_close(vm);
     __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);
     sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
     pthread_join(vm->thread, NULL);
+    migration_close(vm);
     fault_stop(&vm->handler);
     restore_close(&vm->restore);
     the_vm = NULL;

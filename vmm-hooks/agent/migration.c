@@ -143,6 +143,14 @@ static void say_regions(struct migration *migration, const struct regions *regio
     }
 }
 
+/* Of the thread that a fault waits for on this side. */
+static uint32_t urgent_tid(const struct migration *migration)
+{
+    if (migration->role == MOVER_DESTINATION)
+        return migration->vm->handler.tid;
+    return migration->have_outgoing ? migration->outgoing.urgent_tid : 0;
+}
+
 static void say_hello(struct migration *migration)
 {
     struct memd_vm *vm = migration->vm;
@@ -163,9 +171,7 @@ static void say_hello(struct migration *migration)
         .paused = migration->paused,
         .proven = migration->told_proven,
         .proven_result = migration->proven.result,
-        .urgent_tid = migration->role == MOVER_DESTINATION ? vm->handler.tid
-                      : migration->have_outgoing           ? migration->outgoing.urgent_tid
-                                                           : 0,
+        .urgent_tid = urgent_tid(migration),
         .remote_pages = remote_pages(migration),
     };
 
@@ -195,6 +201,13 @@ static void say_done(struct migration *migration, uint32_t what, int result,
 
 /* ---- giving up, ending ---- */
 
+/* memd gives that thread its priority. */
+static void tell_urgent(struct migration *migration, uint32_t tid)
+{
+    if (__atomic_exchange_n(&migration->urgent_tid, tid, __ATOMIC_ACQ_REL) != tid)
+        ring(migration->scanner_fd);
+}
+
 static void resume_guest(struct migration *migration)
 {
     if (!migration->paused)
@@ -207,6 +220,7 @@ static void resume_guest(struct migration *migration)
 
 static void close_engine(struct migration *migration)
 {
+    tell_urgent(migration, 0);
     if (migration->have_outgoing)
         outgoing_close(&migration->outgoing);
     if (migration->have_incoming)
@@ -286,9 +300,13 @@ static int set_session(struct migration *migration, struct exchange *exchange)
         return -EBUSY;
     reset(migration);
     r = open_engine(migration, &message->tuning);
-    if (r == 0)
-        memcpy(migration->session, message->session, sizeof(migration->session));
-    return r;
+    if (r < 0)
+        return r;
+    memcpy(migration->session, message->session, sizeof(migration->session));
+    exchange->value = urgent_tid(migration);
+    if (migration->have_outgoing)
+        tell_urgent(migration, urgent_tid(migration));
+    return 0;
 }
 
 static void post_link(struct migration *migration, uint32_t channel, int fd)
@@ -958,7 +976,8 @@ static int start_thread(struct memd_vm *vm)
     migration->news_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    r = migration->wake_fd < 0 || migration->news_fd < 0
+    migration->scanner_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+    r = migration->wake_fd < 0 || migration->news_fd < 0 || migration->scanner_fd < 0
             ? -EMFILE
             : -pthread_create(&migration->thread, NULL, run_migration, migration);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -970,6 +989,8 @@ static int start_thread(struct memd_vm *vm)
         sys_close(migration->wake_fd);
     if (migration->news_fd >= 0)
         sys_close(migration->news_fd);
+    if (migration->scanner_fd >= 0)
+        sys_close(migration->scanner_fd);
     return r;
 }
 
@@ -990,6 +1011,16 @@ void migration_take_mover(struct memd_vm *vm, uint32_t role, int fd)
     migration->next_role = role;
     lock_release(&migration->posting);
     ring(migration->wake_fd);
+}
+
+uint32_t migration_urgent_tid(const struct memd_vm *vm)
+{
+    return __atomic_load_n(&vm->migration.urgent_tid, __ATOMIC_ACQUIRE);
+}
+
+int migration_wakes(const struct memd_vm *vm)
+{
+    return vm->migration.started ? vm->migration.scanner_fd : -1;
 }
 
 bool migration_is_caller(const struct memd_vm *vm)
@@ -1017,7 +1048,8 @@ void migration_close(struct memd_vm *vm)
         sys_close(migration->fd);
     if (migration->posted && migration->next_fd >= 0)
         sys_close(migration->next_fd);
+    migration->started = false;
     sys_close(migration->wake_fd);
     sys_close(migration->news_fd);
-    migration->started = false;
+    sys_close(migration->scanner_fd);
 }

@@ -32,8 +32,10 @@ struct migration {
     int next_fd;
     uint32_t next_role;
     uint32_t stop;
-    bool started; /* the scanner's thread: there is a thread */
-    int wake_fd;  /* eventfds */
+    bool started;        /* the scanner's thread: there is a thread */
+    uint32_t urgent_tid; /* of a source; 0: none */
+    int scanner_fd;      /* an eventfd: the scanner has something to tell memd */
+    int wake_fd;         /* eventfds */
     int news_fd;
     pthread_t thread;
 
@@ -63,6 +65,11 @@ void migration_take_mover(struct memd_vm *vm, uint32_t role, int fd);
 
 /* Any thread: must scans and merges wait? */
 bool migration_holds(const struct memd_vm *vm);
+
+/* Scanner's thread: which thread answers the faults of a guest that has moved away (0: none), and
+ * what to poll to hear that this has changed (-1: it can't). */
+uint32_t migration_urgent_tid(const struct memd_vm *vm);
+int migration_wakes(const struct memd_vm *vm);
 
 /* Is the calling thread one of its own (a hook that wants to detach)? */
 bool migration_is_caller(const struct memd_vm *vm);

@@ -70,12 +70,16 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
 
 void session_wait(struct memd_vm *vm, uint64_t ns)
 {
-    struct pollfd polled[2] = {{.fd = vm->stop_fd, .events = POLLIN},
-                               {.fd = vm->rpc.fd, .events = POLLIN}};
+    struct pollfd polled[3] = {{.fd = vm->stop_fd, .events = POLLIN},
+                               {.fd = vm->rpc.fd, .events = POLLIN},
+                               {.fd = migration_wakes(vm), .events = POLLIN}};
+    uint64_t count;
     struct timespec timeout = {.tv_sec = (time_t)(ns / 1000000000ULL),
                                .tv_nsec = (long)(ns % 1000000000ULL)};
 
-    sys_call5(SYS_ppoll, polled, 2, &timeout, NULL, 8);
+    sys_call5(SYS_ppoll, polled, 3, &timeout, NULL, 8);
+    if (polled[2].revents & POLLIN)
+        sys_read(polled[2].fd, &count, sizeof(count));
 }
 
 /* ---- opening ---- */
@@ -280,6 +284,7 @@ int session_open(struct memd_vm *vm)
     vm->scanner.secret = welcome.secret;
     vm->announced = 0;
     vm->alone_told = 0;
+    vm->urgent_told = 0;
     vm->gone = 0;
     announce_blocks(vm);
     if (vm->held && welcome.session != vm->session)
@@ -604,6 +609,18 @@ static uint32_t take_entries(struct memd_vm *vm)
     return taken;
 }
 
+/* Which thread answers faults, if that has changed. */
+static void report_urgent(struct memd_vm *vm)
+{
+    struct message_urgent message = {.header = {MESSAGE_URGENT, sizeof(message)},
+                                     .tid = migration_urgent_tid(vm)};
+
+    if (!(vm->features & FEATURE_MOVE) || message.tid == vm->urgent_told)
+        return;
+    vm->urgent_told = message.tid;
+    send_surely(vm, &message, sizeof(message), -1);
+}
+
 uint32_t session_turn(struct memd_vm *vm)
 {
     uint32_t done;
@@ -613,6 +630,7 @@ uint32_t session_turn(struct memd_vm *vm)
     done = take_messages(vm);
     if (vm->rpc.fd >= 0 && vm->ram_open) {
         session_report(vm);
+        report_urgent(vm);
         done += take_entries(vm);
     }
     if (__atomic_load_n(&vm->news, __ATOMIC_ACQUIRE))

@@ -114,6 +114,8 @@ static void look_whether_complete(struct incoming *incoming)
         incoming_remote(incoming) > 0)
         return;
     __atomic_store_n(&incoming->complete, 1, __ATOMIC_RELEASE);
+    /* What still refers to one of them comes for a page that is settled, and is dropped. */
+    sys_madvise(incoming->contents, (size_t)incoming->contents_max * PAGE_BYTES, MADV_DONTNEED);
     fault_nudge(incoming->handler);
     news(incoming);
 }

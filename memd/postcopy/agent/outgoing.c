@@ -658,8 +658,9 @@ static int answer_on_bulk(struct outgoing *outgoing)
     if (head - outgoing->hint_tail > OUTGOING_HINTS)
         outgoing->hint_tail = head - OUTGOING_HINTS;
     for (; r == 0 && outgoing->hint_tail != head; outgoing->hint_tail++) {
-        struct run run =
-            make_run(outgoing, outgoing->hints[outgoing->hint_tail % OUTGOING_HINTS], 1);
+        uint64_t page = __atomic_load_n(&outgoing->hints[outgoing->hint_tail % OUTGOING_HINTS],
+                                        __ATOMIC_RELAXED);
+        struct run run = make_run(outgoing, page, 1);
 
         regions_clear(outgoing->pending, run.page);
         r = send_run(outgoing, &outgoing->bulk, &outgoing->bulk_batch, &run);
@@ -956,6 +957,8 @@ static int start_threads(struct outgoing *outgoing)
         }
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    while (r == 0 && !__atomic_load_n(&outgoing->urgent_tid, __ATOMIC_ACQUIRE))
+        sys_call0(SYS_sched_yield);
     return r;
 }
 

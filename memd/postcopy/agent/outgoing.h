@@ -82,7 +82,7 @@ struct outgoing {
     uint32_t switches;  /* MOVER_NO_... */
     uint64_t bandwidth; /* any thread sets it */
     pthread_t urgent_thread, bulk_thread;
-    uint32_t urgent_tid; /* 0 until the thread runs */
+    uint32_t urgent_tid;
     struct stream urgent, bulk;
 
     uint64_t *sent;    /* bitmap, see passes.h */
