@@ -375,7 +375,7 @@ static enum ctl_status prepare(struct run *run, bool agent, const char *socket, 
     struct qemu_extras extras = {
         .qmp_path = run->qmp_path[0] ? run->qmp_path : NULL,
         .ram_directory = agent && run->put_ram ? RAM_DIRECTORY : NULL,
-        .incoming = run->arguments->value[RUN_INCOMING],
+        .incoming = run->qemu && run->arguments->value[RUN_INCOMING],
     };
 
     if (qemu_cmdline_extend(&run->line, &extras, run->vmm_argv, &run->argv) < 0 ||

@@ -23,7 +23,9 @@ class QemuHosts(Hosts):
         self.destination.start_memd({"migration": {"listen": self.address, **of_destination},
                                      **self._awaits(name)})
         self.name = name
-        self.guest = self.source.start_guest(name, memory=MEMORY, seed=1, **{**REGIONS, **options})
+        self.test_monitor = os.path.join(self.source.directory, f"{name}.test")
+        self.guest = self.source.start_guest(name, memory=MEMORY, seed=1, devices=qmp_devices(self.test_monitor),
+                                             **{**REGIONS, **options})
         self.guest.wait_ready()
         self.source.wait_connected(name)
 
@@ -48,6 +50,7 @@ class QemuHosts(Hosts):
 
 
 def two_qemus(test):
+    """The test with two hosts; when it fails their logs stay."""
     with Lab() as source, Lab() as destination:
         hosts = QemuHosts(source, destination)
         try:
@@ -70,3 +73,37 @@ def stock_qemu_guest_moves_between_memds():
         hosts.destination.wait_shared(18 * 256 * 9 // 10)
         guest.report()
     two_qemus(moves)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_runs_before_its_memory_has_come():
+    """All of it is fetched while QEMU loads its devices and the guest runs."""
+    def moves(hosts):
+        hosts.start()
+        report, guest = hosts.completes("--postcopy-only")
+        if report["pages_demand"] == 0 or report["postcopy_s"] <= 0:
+            raise Failure(f"nothing was fetched: {report}")
+        guest.wait_rounds(2)
+        guest.report()
+    two_qemus(moves)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_that_can_not_go_is_left_alone():
+    """Refused by name, before anything is changed; after it has changed for the better, it goes."""
+    def stays(hosts):
+        hosts.start()
+        monitor = Qmp(hosts.test_monitor)
+        monitor.run("stop")
+        hosts.begin()
+        reason = hosts.fails()["reason"]
+        if "the guest does not run: QEMU says 'paused'" not in reason:
+            raise Failure(f"a guest that its operator has stopped: {reason}")
+        if monitor.run("query-status")["status"] != "paused":
+            raise Failure("memd lets a guest run that its operator has stopped")
+        monitor.run("cont")
+        hosts.nothing_arrived()
+        hosts.begin()
+        _, guest = hosts.completes()
+        guest.report()
+    two_qemus(stays)

@@ -222,6 +222,29 @@ Test(mover_qemu, guest_that_was_stopped_runs_on_after_an_abort)
     stop();
 }
 
+/* Who else may have stopped it has his reasons. */
+Test(mover_qemu, guest_that_was_not_stopped_is_left_alone_by_an_abort)
+{
+    struct mover_session session = {.header = {MOVER_SET_SESSION, sizeof(session)}};
+
+    start("running", NULL, 0);
+    greet(MOVER_SOURCE, MOVER_PHASE_FRESH);
+    say(mover, &session, sizeof(session), -1);
+    hear(agent, MOVER_SET_SESSION, &session, sizeof(session));
+    cr_expect(strstr(scripted_qemu_asked("migrate-set-capabilities", 0), "x-ignore-shared"));
+    answer(MOVER_SET_SESSION, 0);
+    done(MOVER_SET_SESSION, NULL);
+    scripted_qemu.status = "paused";
+    ask(MOVER_ABORT);
+    hear(agent, MOVER_ABORT, &session.header, sizeof(session.header));
+    answer(MOVER_ABORT, 0);
+    cr_expect(done(MOVER_ABORT, NULL).result == 0);
+    cr_expect_str_eq(scripted_qemu.status, "paused");
+    cr_expect(strstr(scripted_qemu_asked("migrate-set-capabilities", 1), "multifd"),
+              "what was changed was not put back");
+    stop();
+}
+
 Test(mover_qemu, mover_that_takes_over_lets_a_stopped_guest_run)
 {
     struct mover_header header;

@@ -2,9 +2,11 @@
 /*
  * Both sides of moving a stock QEMU, as QMP commands.
  *
- *   source       check ... capabilities, stop ... getfd, migrate fd: ... (quit, or: cancel, cont)
- *   destination  (started with -incoming defer) check ... capabilities, getfd, migrate-incoming fd:
+ *   source       check, capabilities ... stop ... getfd, migrate fd: ... (quit, or: cancel, cont)
+ *   destination  (started with -incoming defer) check, capabilities ... getfd, migrate-incoming fd:
  *                ... cont
+ *
+ * From stop to cont every command is downtime: a millisecond where the host is busy.
  *
  * With the capability x-ignore-shared QEMU leaves RAM that is shared with a file to somebody else.
  * Guest RAM is on such a file because memctl run put it there (cmdline.c); the agent has answered
@@ -46,6 +48,7 @@ struct qemu_migrate {
     struct qmp *qmp;              /* NULL: not connected */
     json_t *capabilities;         /* as they were before we changed them; NULL: not changed */
     unsigned long long ram_bytes; /* of the guest, known once it is checked */
+    bool stopped;                 /* by us, and not let go on since */
     char why[WHY_CHARS];
 };
 
@@ -351,23 +354,23 @@ static int set_capabilities(struct qemu_migrate *vm, json_t *list)
     return run(vm, "migrate-set-capabilities", json_pack("{s:O}", "capabilities", list), NULL);
 }
 
-static int change_capabilities(struct qemu_migrate *vm)
+int qemu_migrate_prepare(struct qemu_migrate *vm)
 {
     json_t *now, *changes;
-    int r = run(vm, "query-migrate-capabilities", NULL, &now);
+    int r = vm->capabilities ? 0 : run(vm, "query-migrate-capabilities", NULL, &now);
 
-    if (r < 0)
+    if (r < 0 || vm->capabilities)
         return r;
     changes = list_changes(now);
     r = set_capabilities(vm, changes);
     json_decref(changes);
-    if (r == 0 && !vm->capabilities)
+    if (r == 0)
         vm->capabilities = json_incref(now);
     json_decref(now);
     return r;
 }
 
-static void put_back_capabilities(struct qemu_migrate *vm)
+void qemu_migrate_unprepare(struct qemu_migrate *vm)
 {
     if (vm->capabilities && set_capabilities(vm, vm->capabilities) == 0) {
         json_decref(vm->capabilities);
@@ -443,17 +446,27 @@ int qemu_migrate_stop(struct qemu_migrate *vm)
     int r = vm->ram_bytes ? 0 : check_ram(vm);
 
     if (r == 0)
-        r = change_capabilities(vm);
-    return r == 0 ? run(vm, "stop", NULL, NULL) : r;
+        r = qemu_migrate_prepare(vm);
+    if (r == 0)
+        r = run(vm, "stop", NULL, NULL);
+    vm->stopped = r == 0;
+    return r;
+}
+
+static int check_stopped(struct qemu_migrate *vm)
+{
+    char status[32];
+    int r = vm->stopped ? 0 : ask_word(vm, "query-status", "status", status);
+
+    if (r < 0 || vm->stopped || strcmp(status, "paused") == 0)
+        return r;
+    return fail(vm, -EBUSY, "the guest is not stopped: QEMU says '%s'", status);
 }
 
 int qemu_migrate_save(struct qemu_migrate *vm, int fd)
 {
-    char status[32];
-    int r = ask_word(vm, "query-status", "status", status);
+    int r = check_stopped(vm);
 
-    if (r == 0 && strcmp(status, "paused") != 0)
-        r = fail(vm, -EBUSY, "the guest is not stopped: QEMU says '%s'", status);
     if (r == 0)
         r = give_descriptor(vm, fd);
     if (r == 0)
@@ -498,10 +511,12 @@ int qemu_migrate_resume(struct qemu_migrate *vm)
 {
     int r = end_transfer(vm);
 
-    if (r < 0)
-        return r;
-    put_back_capabilities(vm);
-    return run(vm, "cont", NULL, NULL);
+    vm->stopped = false;
+    if (r == 0)
+        r = run(vm, "cont", NULL, NULL);
+    if (r == 0)
+        qemu_migrate_unprepare(vm);
+    return r;
 }
 
 /* ---- the destination ---- */
@@ -509,7 +524,7 @@ int qemu_migrate_resume(struct qemu_migrate *vm)
 int qemu_migrate_load(struct qemu_migrate *vm, int fd)
 {
     char status[32];
-    int r = change_capabilities(vm);
+    int r = qemu_migrate_prepare(vm);
 
     if (r == 0)
         r = give_descriptor(vm, fd);
@@ -525,8 +540,11 @@ int qemu_migrate_load(struct qemu_migrate *vm, int fd)
 
 int qemu_migrate_run(struct qemu_migrate *vm)
 {
-    put_back_capabilities(vm);
-    return run(vm, "cont", NULL, NULL);
+    int r = run(vm, "cont", NULL, NULL);
+
+    if (r == 0)
+        qemu_migrate_unprepare(vm);
+    return r;
 }
 
 /* ---- either ---- */

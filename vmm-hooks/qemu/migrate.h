@@ -23,13 +23,18 @@ void qemu_migrate_close(struct qemu_migrate *vm);
 /* Why the latest call failed; "" when it did not. Valid until the next call. */
 const char *qemu_migrate_why(const struct qemu_migrate *vm);
 
+/* What can be done before the guest is stopped, or before its state has come: sets capabilities.
+ * Both sides; left out, it is done when it is needed, and costs downtime. Put back by
+ * qemu_migrate_resume() and qemu_migrate_run(), or by unprepare, which leaves the guest alone. */
+int qemu_migrate_prepare(struct qemu_migrate *vm);
+void qemu_migrate_unprepare(struct qemu_migrate *vm);
+
 /* ---- the source ---- */
 
 /* Can it be moved at all? Changes nothing. -ENOTSUP: no, and why not. */
 int qemu_migrate_check(struct qemu_migrate *vm);
 
-/* Stops the guest: no vCPU runs and no I/O to its memory is under way. What it changes besides
- * (capabilities) is put back by qemu_migrate_resume(). */
+/* Stops the guest: no vCPU runs and no I/O to its memory is under way. */
 int qemu_migrate_stop(struct qemu_migrate *vm);
 
 /* The stopped guest's device state into the descriptor: best a memfd, into which it is written from

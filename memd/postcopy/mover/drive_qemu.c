@@ -2,14 +2,14 @@
 /*
  * What becomes of a request
  *
- *   HELLO  (from the agent) gets the bits of the hooks; of a migration that has not begun, the
- *          reason for which QEMU can't be moved, if there is one
- *   STOP   QEMU stops, then the agent is told that the guest has stopped
- *   SAVE   QEMU saves, the agent hears nothing of it
- *   LOAD   QEMU loads, while the agent serves its faults; then the agent is told that it is loaded
- *   RUN    QEMU runs, then the agent is told
- *   ABORT  the agent first: once it has committed it refuses, and then QEMU must not run again.
- *          After its yes a source's QEMU runs on
+ *   HELLO    (from the agent) gets the bits of the hooks; of a migration that has not begun, the
+ *            reason for which QEMU can't be moved, if there is one
+ *   SESSION  QEMU is prepared, as far as that can be done before the guest stops
+ *   STOP     QEMU stops, then the agent is told that the guest has stopped
+ *   SAVE     QEMU saves, the agent hears nothing of it
+ *   LOAD     QEMU loads, while the agent serves its faults; then the agent is told that it is
+ * loaded RUN      QEMU runs, then the agent is told ABORT    the agent first: once it has committed
+ * it refuses, and then QEMU must not run again. After its yes a source's QEMU runs on
  *
  * Everything else is passed on as it is. HOLD and GO too, which the agent answers with -ENOTSUP: a
  * QEMU with a vCPU in a fault does not answer its monitor before the page is there.
@@ -187,6 +187,12 @@ static bool run(struct drive *drive, struct message *message)
     return r < 0 ? answer(drive, MOVER_RUN, r, 0, -1) : send_on(drive->agent, message);
 }
 
+/* Should it fail, it is tried again when it is needed, and said then. */
+static void prepare(struct drive *drive)
+{
+    (void)qemu_migrate_prepare(drive->qemu);
+}
+
 static bool from_mover(struct drive *drive, struct message *message)
 {
     switch (message->header.type) {
@@ -194,6 +200,7 @@ static bool from_mover(struct drive *drive, struct message *message)
     case MOVER_SAVE: return save(drive);
     case MOVER_LOAD: return load(drive, message);
     case MOVER_RUN: return run(drive, message);
+    case MOVER_SET_SESSION: prepare(drive); break;
     case MOVER_ABORT: drive->is_aborting = true; break;
     default: break;
     }
@@ -224,8 +231,12 @@ static void meet(struct drive *drive, struct mover_hello *hello)
 static void finish_abort(struct drive *drive, struct mover_done *done)
 {
     drive->is_aborting = false;
-    if (done->result < 0 || drive->role != MOVER_SOURCE || !drive->touched)
+    if (done->result < 0 || drive->role != MOVER_SOURCE)
         return;
+    if (!drive->touched) {
+        qemu_migrate_unprepare(drive->qemu);
+        return;
+    }
     done->result = qemu_migrate_resume(drive->qemu);
     drive->touched = done->result < 0;
 }
