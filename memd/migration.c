@@ -37,6 +37,7 @@
 #define ARRIVAL_S    30U /* for the VMM to start and its agent to say hello */
 #define ARRIVAL_LOOK (50 * NS_PER_MS)
 #define RETRY_NS     (200 * NS_PER_MS)
+#define TRIES_MOST   5U
 #define DEATHS_MOST  20U
 
 static const char *const stage_names[ORDER_STAGE_COUNT] = {"prepare", "precopy", "switch",
@@ -269,6 +270,28 @@ static void note_route(struct migration *migration, const struct order_status *s
         save(migration->daemon);
 }
 
+/* A link that is cut before the guest was handed over ends the attempt, not the wish: the guest
+ * runs here, so nothing speaks against beginning again. What the destination refuses is final, but
+ * for the remains of an earlier attempt. */
+static bool is_worth_another_try(const struct migration *migration)
+{
+    return migration->source && migration->status.outcome == ORDER_SOURCE_RUNS &&
+           migration->got_far && !migration->called_off && migration->tries < TRIES_MOST &&
+           (migration->status.was_cut || migration->tries > 0);
+}
+
+static void begin_again(struct migration *migration)
+{
+    migration->again = true;
+    migration->tries++;
+    migration->before = migration->status;
+    migration->status.outcome = ORDER_GOES_ON;
+    migration->status.stage = ORDER_STAGE_PREPARE;
+    log_warning("guest '%s': its move was cut off: %s; it begins again", migration->start.name,
+                words_of(migration));
+    mover_process_say(migration, ORDER_FORGET);
+}
+
 /* A mover that takes over knows nothing of what its predecessor saw. */
 static void add_what_was_before(struct migration *migration)
 {
@@ -281,7 +304,7 @@ static void add_what_was_before(struct migration *migration)
     now->precopy_ns = now->precopy_ns ? now->precopy_ns : before->precopy_ns;
     now->postcopy_ns += before->postcopy_ns;
     now->elapsed_ns += before->elapsed_ns;
-    now->reconnects += before->reconnects;
+    now->reconnects += before->reconnects + (migration->tries > 0);
     now->bytes_sent += before->bytes_sent;
 }
 
@@ -291,7 +314,7 @@ void migration_heard_status(struct migration *migration, const struct order_stat
         mover_process_say(migration, ORDER_FORGET);
     else if (migration->over)
         records_are_saved(migration->daemon);
-    if (migration->over)
+    if (migration->over || migration->again)
         return;
     if (status->reconnects > migration->status.reconnects)
         log_notice("guest '%s': the connection to %s was made again", migration->start.name,
@@ -300,7 +323,10 @@ void migration_heard_status(struct migration *migration, const struct order_stat
     migration->status = *status;
     add_what_was_before(migration);
     note_route(migration, status);
-    if (status->outcome != ORDER_GOES_ON)
+    migration->got_far |= status->data_port != 0;
+    if (is_worth_another_try(migration))
+        begin_again(migration);
+    else if (status->outcome != ORDER_GOES_ON)
         come_to_an_end(migration);
 }
 
@@ -385,6 +411,19 @@ static void look_for_arrival(struct loop_timer *timer)
     close(fd);
 }
 
+static int start_afresh(struct migration *migration)
+{
+    struct order_start *start = &migration->start;
+    int result = host_random(start->session, sizeof(start->session));
+
+    start->epoch = start->data_port = 0;
+    if (!result)
+        result = mover_process_start(migration, -1);
+    if (!result)
+        migration->again = false;
+    return result;
+}
+
 /* Its agent must be there for another mover: after a restart of memd that takes a moment. */
 static void retry(struct loop_timer *timer)
 {
@@ -397,13 +436,17 @@ static void retry(struct loop_timer *timer)
         return;
     if (!guest) {
         migration->status.outcome =
-            migration->status.stage >= ORDER_STAGE_SWITCH ? ORDER_GUEST_LOST : ORDER_SOURCE_RUNS;
+            migration->status.stage >= ORDER_STAGE_SWITCH && !migration->again ? ORDER_GUEST_LOST
+                                                                               : ORDER_SOURCE_RUNS;
         snprintf(migration->words, sizeof(migration->words), "its VMM has ended");
         come_to_an_end(migration);
         return;
     }
-    migration->start.takes_over = 1;
-    result = guest->session ? mover_process_start(migration, -1) : -ENOTCONN;
+    migration->start.takes_over = !migration->again;
+    if (migration->again)
+        result = start_afresh(migration);
+    else
+        result = guest->session ? mover_process_start(migration, -1) : -ENOTCONN;
     if (result)
         loop_timer_set(&daemon->loop, timer, RETRY_NS);
     else
@@ -420,6 +463,10 @@ void migration_lost_mover(struct migration *migration)
     }
     if (migration->over)
         return;
+    if (migration->again) {
+        loop_timer_set(&daemon->loop, &migration->retry, migration->tries * NS_PER_S);
+        return;
+    }
     log_warning("guest '%s': its mover has died; another one takes over", migration->start.name);
     migration->before = migration->status;
     events_emit(&daemon->events, "mover_died", migration->start.name, NULL);
@@ -521,7 +568,12 @@ int migration_cancel(struct daemon *daemon, const char *name, char *words, size_
                  "guest '%s' has been handed over: its move can't be called off any more", name);
         return -EBUSY;
     }
+    migration->called_off = true;
     mover_process_say(migration, ORDER_CANCEL);
+    if (migration->again) {
+        migration->status.outcome = ORDER_CANCELLED;
+        come_to_an_end(migration);
+    }
     return 0;
 }
 

@@ -34,6 +34,10 @@ struct migration {
     struct order_status status;
     struct order_status before; /* of the mover that this one took over from */
     bool source, over;
+    bool got_far; /* source: the destination has taken the guest once */
+    bool again;   /* source: it is begun again when the present mover has ended */
+    bool called_off;
+    uint32_t tries;
     bool arrived;                     /* destination: its VMM was started */
     double began_s;                   /* wall clock, for people */
     uint64_t kept;                    /* over: the record with that in it has to be written first */

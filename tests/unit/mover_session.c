@@ -77,8 +77,10 @@ static void bring_source(struct session *session, enum session_state to)
         done(session, MOVER_STOP, 0);
     if (to > SOURCE_SAVING)
         done(session, MOVER_SAVE, 0);
-    if (to > SOURCE_OFFERED)
+    if (to > SOURCE_OFFERED) {
         hear(session, PEER_READY, 0);
+        cr_assert_not(says(session, PEER_GO), "GO before the agent has committed");
+    }
     if (to > SOURCE_COMMITTING) {
         done(session, MOVER_COMMIT, 0);
         cr_assert(says(session, PEER_GO));
@@ -153,6 +155,7 @@ Test(mover_session, cut_before_commit_leaves_the_guest_at_the_source)
         bring_source(&source, at);
         cut(&source);
         cr_assert(asks(&source, MOVER_ABORT), "in %s", session_state_name(at));
+        cr_assert(source.was_cut);
         cr_assert_eq(source.state, SOURCE_ABORTING);
         done(&source, MOVER_ABORT, 0);
         cr_assert_eq(source.outcome, OUTCOME_SOURCE_RUNS);
@@ -408,6 +411,7 @@ Test(mover_session, guest_that_does_not_resume_is_said_to_be_lost)
 
     bring_source(&source, SOURCE_OFFERED);
     hear(&source, PEER_ABORT, -EIO);
+    cr_assert_not(source.was_cut, "what the destination can't do is begun again in vain");
     done(&source, MOVER_ABORT, -EIO);
     cr_assert_eq(source.outcome, OUTCOME_GUEST_LOST);
 }
@@ -473,7 +477,7 @@ Test(mover_session, mover_that_takes_over_goes_by_the_agents_word)
 /* The agents keep the fence: what they were asked, in order. */
 struct world {
     struct session source, destination;
-    bool committed, source_may_run, destination_runs, linked, over;
+    bool commit_asked, committed, source_may_run, destination_runs, linked, over;
 };
 
 static void answer_asks(struct world *world, struct session *session)
@@ -490,7 +494,7 @@ static void answer_asks(struct world *world, struct session *session)
             world->source_may_run = true;
         }
         if (action->what == MOVER_COMMIT)
-            world->committed = true;
+            world->commit_asked = true;
         if (action->what == MOVER_RUN) {
             cr_assert(world->committed, "RUN before COMMIT");
             world->destination_runs = true;
@@ -571,12 +575,12 @@ static void random_step(struct world *world, unsigned *seed)
 
     if (event.type == EVENT_FRAME) /* frames come from the other side alone */
         return;
-    if (event.type == EVENT_DONE && event.what == MOVER_COMMIT && !world->committed)
+    if (event.type == EVENT_DONE && event.what == MOVER_COMMIT && !world->commit_asked)
         return;
     if (event.type == EVENT_DONE && event.what == MOVER_COMMIT && world->source_may_run)
         return;
     if (event.type == EVENT_DONE && event.what == MOVER_COMMIT)
-        event.value = 0;
+        world->committed |= event.value == 0;
     if (event.type == EVENT_CUT)
         world->linked = false;
     if (event.type == EVENT_LINKED)

@@ -168,6 +168,8 @@ static void begin(struct mover *mover, bool good)
         session_resume(&mover->session, (enum mover_role)mover->start.role,
                        (enum mover_phase)mover->hello.phase,
                        mover->hello.proven && mover->hello.proven_result == 0, mover->hello.paused);
+        if (!session_is_committed(&mover->session))
+            mover_say_why(mover, "its mover died before the guest was handed over");
     } else {
         session_start(&mover->session, MOVER_SOURCE, mover->start.precopy_only);
         mover->session.at_once = mover->start.postcopy_only;

@@ -326,6 +326,7 @@ void orders_send_status(struct mover *mover)
     status.stage = stage_of(&mover->session);
     status.outcome = outcome_of(&mover->session);
     status.may_cancel = session_may_cancel(&mover->session);
+    status.was_cut = mover->session.was_cut;
     status.linked = mover->control.state == LINK_UP;
     status.epoch = mover->epoch;
     status.data_port = mover->start.role == MOVER_SOURCE ? mover->data_port : 0;

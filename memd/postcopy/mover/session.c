@@ -142,7 +142,10 @@ static void source_when_cut(struct session *session, int error)
         ask(session, MOVER_UNLINK);
         do_it(session, ACTION_CONNECT);
         break;
-    default: abort_source(session, OUTCOME_SOURCE_RUNS, error); break;
+    default:
+        session->was_cut = true;
+        abort_source(session, OUTCOME_SOURCE_RUNS, error);
+        break;
     }
 }
 
@@ -589,6 +592,7 @@ static void resume_source(struct session *session, enum mover_phase phase)
     session->peer_waits = session->stopped = phase == MOVER_PHASE_STOPPED;
     session->committed = phase == MOVER_PHASE_COMMITTED;
     if (!session->committed) {
+        session->was_cut = true;
         abort_source(session, OUTCOME_SOURCE_RUNS, -EINTR);
         return;
     }

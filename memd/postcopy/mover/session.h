@@ -107,6 +107,7 @@ struct session {
     bool peer_runs;   /* source: the destination has said that the guest runs there */
     bool proof_heard; /* source: the destination's PROVEN has come */
     bool held;        /* destination: the guest was stopped at a cut */
+    bool was_cut;     /* source: it failed for nothing but a connection, or a mover, that ended */
     int error;        /* why it failed: -errno */
     struct session_action actions[SESSION_ACTIONS_MAX];
     uint32_t action_count;
