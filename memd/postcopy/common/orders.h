@@ -111,7 +111,7 @@ struct order_status {
     uint32_t outcome; /* enum order_outcome */
     uint32_t may_cancel;
     uint32_t was_cut; /* source, SOURCE_RUNS: by nothing but a connection or a mover that ended */
-    uint32_t linked; /* 1: the other host can be heard */
+    uint32_t linked;  /* 1: the other host can be heard */
     uint32_t epoch;
     uint32_t data_port; /* source: the destination mover's own; 0: not known yet */
     uint32_t reconnects;
