@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laboratory: one directory, one memd, some guests, and the certainty that they end."""
+import contextlib
 import functools
 import json
 import os
@@ -61,6 +62,7 @@ class Lab:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._end_arrived()
         for guest in self.guests.values():
             guest.console.close()
         if not self.failed:
@@ -85,6 +87,16 @@ class Lab:
         for pid in pids:
             if pid and machine.thread_name(pid, pid) == "memd-mover":
                 os.kill(pid, signal.SIGKILL)
+
+    def _end_arrived(self):
+        """VMMs that a memd of this lab started and that nobody took for a guest: they have this directory in
+        their command lines."""
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError, ValueError):
+                with open(f"/proc/{int(entry)}/cmdline", "rb") as file:
+                    ours = f"{self.directory}/".encode() in file.read()
+                if ours and int(entry) != os.getpid():
+                    os.kill(int(entry), signal.SIGKILL)
 
     # ---- processes ----
 
