@@ -77,6 +77,8 @@ static enum ctl_status name_sources(struct analyze *analyze)
     const struct ctl_arguments *arguments = analyze->arguments;
     size_t since = arguments->repeated[ANALYZE_SINCE].count;
 
+    if (!arguments->operand_count)
+        return CTL_USAGE; /* options.c has said so */
     if (since && since != arguments->operand_count) {
         ctl_say("analyze: --since is given once for each source, in the same order");
         return CTL_USAGE;

@@ -35,9 +35,9 @@ struct memd_stream;
 
 /*
  * What the VMM offers. Each hook may be NULL; where two belong together it is both or none. They
- * are called on one thread, one at a time, never with one of the agent's locks held, `opaque` being
- * that of struct memd_options. A hook may call libmemd, but not memd_detach. It may not unwind
- * (longjmp, C++ exceptions) through the agent.
+ * are called one at a time, on threads of the agent's, never with one of the agent's locks held,
+ * `opaque` being that of struct memd_options. A hook may call libmemd, but not memd_detach. It may
+ * not unwind (longjmp, C++ exceptions) through the agent.
  *
  * A hook that answers with something impossible, or takes longer than its limit (1 s, for pause,
  * resume, save and load 60 s), has broken the contract: from then on no hook is called but what
