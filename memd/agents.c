@@ -63,12 +63,6 @@ void agents_tune(struct daemon *daemon)
     }
 }
 
-void agents_ask_report(struct guest *guest)
-{
-    if (guest->session && is_welcome(guest->session))
-        send_tune(guest->session, TUNE_REPORT);
-}
-
 bool agents_can_move(const struct session *session)
 {
     return is_welcome(session) && session->features & FEATURE_MOVE;
@@ -635,11 +629,6 @@ void agents_forget_guest(struct session *session)
         agents_let_go(session);
     else
         session_end(session, "its guest has gone", false);
-}
-
-uint32_t agents_pending(const struct session *session)
-{
-    return session->pending_count;
 }
 
 bool agents_is_leaving(const struct session *session)

@@ -241,9 +241,9 @@ static bool read_size(const json_t *value, uint64_t *ret_bytes)
     return true;
 }
 
-static bool read_wish_member(const char *key, const json_t *value, struct guest_wish *wish,
-                             bool *ret_good)
+static bool read_wish_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
+    struct guest_wish *wish = into;
     json_int_t shares = json_integer_value(value);
     const char *domain = json_string_value(value);
 
@@ -274,9 +274,9 @@ static bool copy_word(const json_t *value, char *into, size_t bytes)
     return true;
 }
 
-static bool read_request_member(const char *key, const json_t *value, struct guest_request *asked,
-                                bool *ret_good)
+static bool read_request_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
+    struct guest_request *asked = into;
     const char *word = json_string_value(value);
 
     if (read_wish_member(key, value, &asked->wish, ret_good))
@@ -321,8 +321,12 @@ static json_t *read_body(const struct request *request, char *words)
     return json;
 }
 
-static int read_registration(const struct request *request, struct guest_request *asked,
-                             char *words)
+/* Each member of the body by `read`, which answers false for one that it does not know (`unknown`
+ * says so) and sets *ret_good to false for a value that can't be. */
+static int read_members(const struct request *request,
+                        bool (*read)(const char *key, const json_t *value, void *asked,
+                                     bool *ret_good),
+                        void *asked, const char *unknown, char *words)
 {
     json_t *json = read_body(request, words), *value;
     const char *key;
@@ -334,15 +338,19 @@ static int read_registration(const struct request *request, struct guest_request
 
         if (result)
             break;
-        if (!read_request_member(key, value, asked, &good)) {
-            snprintf(words, WORDS, "'%s' is not known here", key);
-            result = -EINVAL;
-        } else if (!good) {
-            snprintf(words, WORDS, "'%s' has a value that can't be", key);
-            result = -EINVAL;
-        }
+        result = read(key, value, asked, &good) && good ? 0 : -EINVAL;
+        if (result)
+            snprintf(words, WORDS, "'%s' %s", key, good ? unknown : "has a value that can't be");
     }
     json_decref(json);
+    return result;
+}
+
+static int read_registration(const struct request *request, struct guest_request *asked,
+                             char *words)
+{
+    int result = read_members(request, read_request_member, asked, "is not known here", words);
+
     if (!result && (!asked->name[0] || !asked->pid || !asked->wish.has_max)) {
         snprintf(words, WORDS, "name, pid and max_bytes have to be given");
         result = -EINVAL;
@@ -352,26 +360,9 @@ static int read_registration(const struct request *request, struct guest_request
 
 static int read_wish(const struct request *request, struct guest_wish *wish, char *words)
 {
-    json_t *json = read_body(request, words), *value;
-    const char *key;
-    int result = json ? 0 : -EINVAL;
+    int result = read_members(request, read_wish_member, wish,
+                              "can't be set; max_bytes, min_bytes, shares and domain can", words);
 
-    json_object_foreach(json, key, value)
-    {
-        bool good = true;
-
-        if (result)
-            break;
-        if (!read_wish_member(key, value, wish, &good)) {
-            snprintf(words, WORDS, "'%s' can't be set; max_bytes, min_bytes, shares and domain can",
-                     key);
-            result = -EINVAL;
-        } else if (!good) {
-            snprintf(words, WORDS, "'%s' has a value that can't be", key);
-            result = -EINVAL;
-        }
-    }
-    json_decref(json);
     return result;
 }
 
@@ -533,9 +524,9 @@ void control_detached(struct daemon *daemon, const char *name, bool done)
 
 /* ---- migrations ---- */
 
-static bool read_migration_member(const char *key, const json_t *value,
-                                  struct migration_request *asked, bool *ret_good)
+static bool read_migration_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
+    struct migration_request *asked = into;
     char host[CONFIG_WORD_BYTES];
     uint16_t port;
 
@@ -559,25 +550,8 @@ static bool read_migration_member(const char *key, const json_t *value,
 static int read_migration(const struct request *request, struct migration_request *asked,
                           char *words)
 {
-    json_t *json = read_body(request, words), *value;
-    const char *key;
-    int result = json ? 0 : -EINVAL;
+    int result = read_members(request, read_migration_member, asked, "is not known here", words);
 
-    json_object_foreach(json, key, value)
-    {
-        bool good = true;
-
-        if (result)
-            break;
-        if (!read_migration_member(key, value, asked, &good)) {
-            snprintf(words, WORDS, "'%s' is not known here", key);
-            result = -EINVAL;
-        } else if (!good) {
-            snprintf(words, WORDS, "'%s' has a value that can't be", key);
-            result = -EINVAL;
-        }
-    }
-    json_decref(json);
     if (!result && !asked->to[0]) {
         snprintf(words, WORDS, "'to' has to be given, as HOST:PORT");
         result = -EINVAL;

@@ -23,6 +23,7 @@
 #include "migration.h"
 #include "monitor.h"
 #include "mover_protocol.h"
+#include "send_with.h"
 
 #define MOVER_USER  "memd-mover"
 #define NOBODY      65534U
@@ -114,32 +115,12 @@ int mover_process_reach_agent(struct guest *guest, uint32_t role, int *ret_fd)
 
 /* ---- saying ---- */
 
-static int send_with(int socket, const void *message, uint32_t bytes, const int *fds,
-                     uint32_t fd_count)
-{
-    char control[CMSG_SPACE(sizeof(int) * FDS_MAX)] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd_count) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
-        memcpy(CMSG_DATA(rights), fds, sizeof(int) * fd_count);
-    }
-    return sendmsg(socket, &header, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -errno : 0;
-}
-
 void mover_process_say(struct migration *migration, uint32_t order)
 {
     struct order_plain message = {{order, sizeof(message)}};
 
     if (migration->orders.fd >= 0)
-        (void)send_with(migration->orders.fd, &message, sizeof(message), NULL, 0);
+        (void)send_with(migration->orders.fd, &message, sizeof(message), NULL, 0, MSG_DONTWAIT);
 }
 
 void mover_process_give_guest(struct migration *migration, int result, const char *words,
@@ -154,7 +135,7 @@ void mover_process_give_guest(struct migration *migration, int result, const cha
         message.has_monitor = count++;
     snprintf(message.words, sizeof(message.words), "%s", words);
     if (migration->orders.fd >= 0)
-        (void)send_with(migration->orders.fd, &message, sizeof(message), fds, count);
+        (void)send_with(migration->orders.fd, &message, sizeof(message), fds, count, MSG_DONTWAIT);
     if (fds[1] >= 0)
         close(fds[1]);
 }
@@ -392,7 +373,8 @@ static int start_with(struct migration *migration, const int *fds, uint32_t coun
 
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return -errno;
-    result = send_with(pair[0], &migration->start, sizeof(migration->start), fds, count);
+    result =
+        send_with(pair[0], &migration->start, sizeof(migration->start), fds, count, MSG_DONTWAIT);
     pid = result ? result : spawn(pair[1]);
     close(pair[1]);
     if (pid < 0) {

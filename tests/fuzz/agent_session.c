@@ -166,7 +166,7 @@ static void turn(void)
 
 static void say(const void *message, size_t bytes, int fd)
 {
-    (void)send_with(memd_fd, message, bytes, fd);
+    (void)send_with(memd_fd, message, bytes, &fd, fd >= 0, 0);
 }
 
 /* The ring goes with the connection. */

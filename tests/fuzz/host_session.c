@@ -82,7 +82,7 @@ static uint64_t hash_of(const struct agent *agent, uint32_t color)
 
 static void say(const struct agent *agent, const void *message, size_t bytes, int fd)
 {
-    (void)send_with(agent->fd, message, bytes, fd);
+    (void)send_with(agent->fd, message, bytes, &fd, fd >= 0, 0);
     fuzz_turn();
 }
 

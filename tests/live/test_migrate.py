@@ -149,7 +149,8 @@ def memvm_guest_moves_and_verifies():
 def guest_of_two_vcpus_moves_between_networks_under_tls():
     with Wire() as wire, two_hosts(wire) as hosts:
         hosts.start(cpus=2)
-        report, guest = hosts.completes("--postcopy-only")
+        # No faster than this, or all may be there before the guest first looks.
+        report, guest = hosts.completes("--postcopy-only", "--bandwidth", "8M")
         check_report(report)
         if report["pages_demand"] == 0 or report["fault_us"]["max"] == 0:
             raise Failure(f"no page was demanded: {report}")

@@ -28,7 +28,7 @@ static void greet(struct memd_end *end, int fd)
     end->ring = mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ring, 0);
     end->head = 0;
     end->fd = fd;
-    (void)send_with(fd, &welcome, sizeof(welcome), ring);
+    (void)send_with(fd, &welcome, sizeof(welcome), &ring, ring >= 0, 0);
     close(ring);
 }
 
@@ -111,7 +111,7 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
 
     pthread_mutex_lock(&end->lock);
     if (end->fd >= 0)
-        (void)send_with(end->fd, &message, sizeof(message), fd);
+        (void)send_with(end->fd, &message, sizeof(message), &fd, fd >= 0, 0);
     pthread_mutex_unlock(&end->lock);
 }
 
@@ -124,7 +124,7 @@ void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
         pthread_mutex_lock(&end->lock);
         given = end->fd >= 0;
         if (given)
-            (void)send_with(end->fd, &message, sizeof(message), fd);
+            (void)send_with(end->fd, &message, sizeof(message), &fd, fd >= 0, 0);
         pthread_mutex_unlock(&end->lock);
         if (!given)
             usleep(1000);
@@ -141,7 +141,7 @@ void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t
         ring_put(&end->ring->to_agent, &end->head,
                  (struct ring_entry){RING_MERGE, page + i, slot + i});
     if (end->fd >= 0)
-        (void)send_with(end->fd, &bell, sizeof(bell), -1);
+        (void)send_with(end->fd, &bell, sizeof(bell), NULL, 0, 0);
     pthread_mutex_unlock(&end->lock);
 }
 

@@ -147,7 +147,7 @@ void fake_connect(struct fake *fake, struct world *world, const char *token)
 void fake_send(struct fake *fake, const void *message, uint32_t bytes, int fd)
 {
     for (int tries = 0; tries < 1000; tries++) {
-        if (send_with(fake->fd, message, bytes, fd) >= 0 || errno != EAGAIN)
+        if (send_with(fake->fd, message, bytes, &fd, fd >= 0, 0) != -EAGAIN)
             return;
         if (fake->world->running)
             world_turn(fake->world);

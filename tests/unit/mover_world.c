@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "mover_world.h"
+#include "send_with.h"
 
 #include <arpa/inet.h>
 #include <criterion/criterion.h>
@@ -119,25 +120,6 @@ static void pair_of(int *ret_ours, int *ret_theirs)
     *ret_theirs = pair[1];
 }
 
-static void send_with(int socket, const void *message, size_t bytes, const int *fds, size_t count)
-{
-    char control[CMSG_SPACE(sizeof(int) * 4)] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (count) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = CMSG_SPACE(sizeof(int) * count);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int) * count);
-        memcpy(CMSG_DATA(rights), fds, sizeof(int) * count);
-    }
-    (void)sendmsg(socket, &header, MSG_NOSIGNAL);
-}
-
 static ssize_t receive(int socket, void *into, size_t room, int *ret_fd)
 {
     char control[CMSG_SPACE(sizeof(int) * 4)];
@@ -181,15 +163,15 @@ static void agent_says_hello(struct side *side)
     struct mover_region region = {{MOVER_REGION, sizeof(region)}, 0, 0, 0, side->pages};
 
     memcpy(hello.session, side->session, sizeof(hello.session));
-    send_with(side->agent, &hello, sizeof(hello), NULL, 0);
-    send_with(side->agent, &region, sizeof(region), NULL, 0);
+    cr_assert_eq(send_with(side->agent, &hello, sizeof(hello), NULL, 0, 0), 0);
+    cr_assert_eq(send_with(side->agent, &region, sizeof(region), NULL, 0, 0), 0);
 }
 
 static void say_plain(struct side *side, uint32_t type)
 {
     struct mover_plain plain = {{type, sizeof(plain)}};
 
-    send_with(side->agent, &plain, sizeof(plain), NULL, 0);
+    cr_assert_eq(send_with(side->agent, &plain, sizeof(plain), NULL, 0, 0), 0);
 }
 
 static void prove(struct side *side)
@@ -201,14 +183,14 @@ static void prove(struct side *side)
     if (side->proven)
         return;
     side->proven = true;
-    send_with(side->agent, &proven, sizeof(proven), NULL, 0);
+    cr_assert_eq(send_with(side->agent, &proven, sizeof(proven), NULL, 0, 0), 0);
 }
 
 static void answer(struct side *side, uint32_t what, int result, uint64_t value, int fd)
 {
     struct mover_done done = {{MOVER_DONE, sizeof(done)}, what, result, value, 0};
 
-    send_with(side->agent, &done, sizeof(done), &fd, fd >= 0);
+    cr_assert_eq(send_with(side->agent, &done, sizeof(done), &fd, fd >= 0, 0), 0);
 }
 
 static void write_word(struct side *side, enum mover_channel channel, const char *word)
@@ -260,7 +242,7 @@ static int precopy(struct side *side)
 
     side->phase = MOVER_PHASE_PRECOPY;
     answer(side, MOVER_START_PRECOPY, 0, 0, -1);
-    send_with(side->agent, &progress, sizeof(progress), NULL, 0);
+    cr_assert_eq(send_with(side->agent, &progress, sizeof(progress), NULL, 0, 0), 0);
     return 1;
 }
 
@@ -331,7 +313,7 @@ static void say_cut(struct side *side, int channel, int result)
 
     close_fd(&side->links[channel]);
     side->cuts++;
-    send_with(side->agent, &cut, sizeof(cut), NULL, 0);
+    cr_assert_eq(send_with(side->agent, &cut, sizeof(cut), NULL, 0, 0), 0);
 }
 
 /* "map!" on bulk; "want" and "have" on urgent stand for the pages. */
@@ -375,7 +357,7 @@ static void give_guest(struct side *side)
     struct order_guest guest = {.header = {ORDER_GUEST, sizeof(guest)}};
 
     side->needs++;
-    send_with(side->memd, &guest, sizeof(guest), &side->offered_agent, 1);
+    cr_assert_eq(send_with(side->memd, &guest, sizeof(guest), &side->offered_agent, 1, 0), 0);
     close_fd(&side->offered_agent);
     agent_says_hello(side);
 }
@@ -432,7 +414,7 @@ static void start_mover(struct side *side, const int *fds, size_t count)
     side->start.plain = !side->world->tls;
     side->start.uid = side->start.gid = 65534;
     pair_of(&side->memd, &theirs);
-    send_with(side->memd, &side->start, sizeof(side->start), fds, count);
+    cr_assert_eq(send_with(side->memd, &side->start, sizeof(side->start), fds, count, 0), 0);
     side->mover = fork();
     if (side->mover == 0) {
         dup2(theirs, STDIN_FILENO);

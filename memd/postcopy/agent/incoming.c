@@ -82,7 +82,7 @@ struct fault_times incoming_times(struct incoming *incoming)
 
 /* ---- what is left ---- */
 
-/* Read without the locks: whoever brings it to 0 looks again. */
+/* Right for one block at a time: whoever brings it to 0 looks again. */
 uint64_t incoming_remote(const struct incoming *incoming)
 {
     uint64_t remote = 0;

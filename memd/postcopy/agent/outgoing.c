@@ -24,6 +24,9 @@
 #define MAX_STEP   128
 #define MAX_WINDOW 16U
 
+/* Between two looks whether bulk has let go. */
+#define HOLD_NS 50000L
+
 /* How long a pass rests at least, so that a guest that writes nothing costs nothing. */
 #define PASS_REST_NS 20000000LL
 
@@ -397,14 +400,18 @@ static int answer(struct outgoing *outgoing, uint64_t page)
     return r;
 }
 
-/* Until bulk has let go of the connection before: a page that it takes now would be lost. */
+/* Until bulk has let go of the connection before: a page that it takes now would be lost. It waits
+ * asleep: this thread has a real-time priority and bulk has none, and they may share a CPU. */
 static void hold_push(struct outgoing *outgoing)
 {
+    struct timespec moment = {.tv_nsec = HOLD_NS};
+
     __atomic_store_n(&outgoing->push_epoch, 0, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&outgoing->pushing, __ATOMIC_SEQ_CST) &&
            !stream_is_called(&outgoing->urgent)) {
         stream_wake(&outgoing->bulk);
-        sys_call0(SYS_sched_yield);
+        sys_call5(SYS_ppoll, NULL, 0, &moment, NULL, 8);
+        moment.tv_nsec = HOLD_NS; /* the kernel writes what was left */
     }
 }
 

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "mover.h"
+#include "send_with.h"
 
 #define AGENT_TURN 64
 
@@ -16,21 +17,7 @@
 
 static int send_message(struct mover *mover, const void *message, uint32_t bytes, int fd)
 {
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(int));
-    }
-    return sendmsg(mover->agent, &header, MSG_NOSIGNAL) < 0 ? -errno : 0;
+    return send_with(mover->agent, message, bytes, &fd, fd >= 0, 0);
 }
 
 static void lose_agent(struct mover *mover, const char *why)

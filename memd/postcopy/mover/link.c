@@ -376,11 +376,6 @@ short link_events(const struct link *link)
     return (short)(POLLIN | (link->wants_write || link->out_used ? POLLOUT : 0));
 }
 
-uint64_t link_due_ns(const struct link *link)
-{
-    return link->state == LINK_UP ? link->heard_ns + LINK_SILENT_NS : link->deadline_ns;
-}
-
 int link_answer(struct link *link, uint32_t verdict, uint64_t now_ns)
 {
     int result;

@@ -77,8 +77,6 @@ short link_events(const struct link *link);
  * greeted in time, or silent. -EKEYREJECTED: TLS refused, `why` has the words. -ECONNREFUSED: the
  * answer to the greeting was no welcome (theirs.verdict says why). */
 int link_step(struct link *link, uint64_t now_ns);
-/* When link_step() wants to be called even if nothing happens. */
-uint64_t link_due_ns(const struct link *link);
 
 /* The answer of who accepted. PEER_WELCOME: the link is up. Any other verdict is said, and the link
  * is then to be closed. */

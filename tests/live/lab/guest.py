@@ -174,7 +174,8 @@ class Guest:
         wait_for(f"guest {self.name} to do {more} more rounds",
                  lambda: self.rounds() >= goal or not self.is_alive(), seconds)
         if not self.is_alive():
-            raise Failure(f"guest {self.name} ended")
+            raise Failure(f"guest {self.name}: its VMM ended with {self.process.returncode}: "
+                          f"{self.stderr()[-600:]!r}, and the guest: {self.console.lines()[-3:]}")
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
