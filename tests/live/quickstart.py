@@ -2,22 +2,28 @@
 """The run that ./quickstart shows, after packages and build. A list of steps (`STEPS`): each gets
 the Show, does one thing, and raises Failure if what it is about to say is not true."""
 import argparse
+import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
 from lab import Failure, Lab, PAGE, machine
 from lab.errors import wait_for
+from lab.network import free_port
 
 QUIET_S = 8           # sharing has settled when so long ...
 QUIET_PART = 0.01     # ... no more than this part was gained
 SETTLE_LIMIT_S = 150
 BOOT_LIMIT_S = 300
+MOVE_LIMIT_S = 120
 TRUE_WITHIN = 0.15    # how far the kernel's figures may be from memd's: the guests go on meanwhile
 MEMVM_GUESTS = 20     # small ones, beside the others where KVM works
 MEMVM_MEMORY = "16M"
 MEMVM_REGIONS = {"common": "7M", "zero": "2M", "twin": "1M", "unique": "1M", "churn": "512K", "hot": "256K"}
+MOVES = "guest1"
 KERNEL_AND_QEMU = 76 << 20  # of a guest's RAM, what its kernel and initramfs need for themselves
 
 
@@ -33,6 +39,7 @@ class Show:
         self.started = float(os.environ.get("MEMD_QUICKSTART_STARTED", time.time()))
         self.tty = sys.stdout.isatty()
         self.lab = None
+        self.there = None         # where a guest moves to: another memd
         self.engine = None
         self.memvms = []          # names of the guests under memvm
         self.before_bytes = None  # PSS of everything before sharing
@@ -98,6 +105,8 @@ def choose_engine(show):
 
 def configuration(show, revisit_s):
     sections = {"sharing": {"engine": show.engine, "revisit_s": revisit_s}}
+    if show.engine == "agent":
+        sections["migration"] = {"plain": "yes"}
     if show.options.budget:
         sections["host"] = {"budget": show.options.budget}
     return sections, {"quickstart": [0]}
@@ -306,23 +315,84 @@ def check_truth(show):
     show.say(f"true: {agent}the parts make the savings, and the kernel counts {kernel}")
 
 
+# ---- a guest moves ----
+
+def start_other_memd(show):
+    """What a second host would run, with a socket, state and configuration of its own. Only its own
+    configuration says which guest may come and what is started for it."""
+    port = free_port()
+    show.there.start_memd({"sharing": {"revisit_s": 2},
+                           "migration": {"plain": "yes", "listen": f"127.0.0.1:{port}"},
+                           **show.there.awaits_qemu(MOVES, show.options.memory)}, {"quickstart": [0]})
+    return f"127.0.0.1:{port}"
+
+
+def watch_migration(show, mover):
+    """Until memctl ends; returns the report."""
+    def ended():
+        if mover.poll() is not None:
+            return True
+        with contextlib.suppress(Failure):  # memd does not know of it yet
+            now = show.lab.get(f"/v1/guests/{MOVES}/migrate")
+            show.progress(f"{MOVES} moves: {now['stage']}, {now['pages_left']} of {now['pages']} pages left")
+        return False
+
+    wait_for("the migration", ended, MOVE_LIMIT_S, 0.2)
+    said, why = mover.communicate()
+    report = json.loads(said) if said else {}
+    if mover.returncode != 0 or report.get("status") != "completed":
+        raise Failure(f"{MOVES} did not move: {why} {report}")
+    return report
+
+
+def move_a_guest(show):
+    """Post-copy alone, so that the guest runs at once and its memory follows."""
+    if show.engine != "agent":
+        show.say("no live migration: it takes the agent")
+        return
+    address = start_other_memd(show)
+    left = show.lab.guests[MOVES]
+    show.say(f"{MOVES} moves to a second memd, live, by post-copy, while it verifies its memory")
+    report = watch_migration(show, subprocess.Popen(
+        [machine.program("memctl"), "--socket", show.lab.socket, "migrate", MOVES, address, "--postcopy-only",
+         "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    wait_for("the VMM that it left to end", lambda: not left.is_alive(), 60)
+    arrived = show.there.arrived_qemu(MOVES)
+    verified = arrived.report()
+    show.say(f"{MOVES} has moved: {report['downtime_s'] * 1000:.0f} ms of downtime, {report['total_s']:.1f} s in all, "
+             f"the slowest of {report['pages_demand']} faults took {report['fault_us']['max'] / 1000:.1f} ms; "
+             f"{verified['pages']} pages verified there, {verified['errors']} errors")
+    check_move(report)
+
+
+def check_move(report):
+    """It was a post-copy: the guest ran there, and asked for memory that was still here."""
+    if not 0 < report["downtime_s"] < report["total_s"] or report["pages_left"]:
+        raise Failure(f"the migration's report can't be right: {report}")
+    if report["pages_demand"] == 0 or report["fault_us"]["max"] == 0:
+        raise Failure(f"the guest ran only when all of its memory was there: {report}")
+
+
 STEPS = [say_where, choose_engine, start_memd, boot_guests, start_memvms, measure_before, start_sharing,
-         wait_settled, let_guests_verify, collect, print_table, check_truth]
+         wait_settled, let_guests_verify, collect, print_table, check_truth, move_a_guest]
 
 
 # ---- leaving ----
 
 def leave_running(show):
-    lab = show.lab
-    lab.keep = True
-    stop = os.path.join(lab.directory, "stop")
+    labs = [lab for lab in (show.lab, show.there) if lab.memd]
+    for lab in labs:
+        lab.keep = True
+    stop = os.path.join(show.lab.directory, "stop")
     with open(stop, "w") as file:
-        pids = " ".join(str(pid) for pid in reversed(lab.pids()))
-        file.write(f"#!/bin/sh\nkill {pids}\nrm -rf {lab.directory}\n")
+        pids = " ".join(str(pid) for lab in labs for pid in reversed(lab.pids()))
+        file.write(f"#!/bin/sh\nkill {pids}\nrm -rf {' '.join(lab.directory for lab in labs)}\n")
     os.chmod(stop, 0o755)
-    memctl = f"{machine.program('memctl')} --socket {lab.socket}"
-    show.say(f"left running. To look: {memctl} status; {memctl} guest guest1; "
-             f"tail -f {lab.directory}/guest1.log. To stop: {stop}")
+    memctl = f"{machine.program('memctl')} --socket {show.lab.socket}"
+    show.say(f"left running. To look: {memctl} status; {memctl} guest guest2; "
+             f"tail -f {show.lab.directory}/guest2.log. To stop: {stop}")
+    if len(labs) > 1:
+        show.say(f"the other memd: {machine.program('memctl')} --socket {show.there.socket} guest {MOVES}")
 
 
 def parse_options():
@@ -343,15 +413,15 @@ def main():
         signal.signal(number, stop_on_signal)
     show = Show(parse_options())
     try:
-        with Lab(outlive=show.options.keep) as lab:
-            show.lab = lab
+        with contextlib.ExitStack() as labs:
+            show.lab, show.there = (labs.enter_context(Lab(outlive=show.options.keep)) for _ in range(2))
             for step in STEPS:
                 step(show)
             if show.options.keep:
                 leave_running(show)
     except Failure as failure:
         show.say(f"NOT true or not done: {failure}")
-        show.say(f"logs: {show.lab.directory}")
+        show.say(f"logs: {show.lab.directory}{', ' + show.there.directory if show.there.memd else ''}")
         return 1
     except KeyboardInterrupt:
         show.say("stopped")

@@ -11,18 +11,12 @@ import time
 
 from lab import Failure, Lab, machine, wait_for
 from lab.certificates import Authority
-from lab.network import Wire
+from lab.network import Wire, free_port
 from lab.suite import AGENT, MEMVM, live_test, short_or_full
 
 REGIONS = {"common": "4M", "twin": "2M", "zero": "3M", "text": "1M", "unique": "2M", "churn": "512K",
            "hot": "512K", "duty": 20}
 PORT = 7007
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Hosts:

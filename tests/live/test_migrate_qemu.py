@@ -2,10 +2,8 @@
 """Guests of a stock QEMU that move between two memds: QEMU carries the state of its devices, memd all of
 the memory."""
 import os
-import shlex
 
-from lab import Failure, Lab, machine, wait_for
-from lab.guest import ArrivedProcess, Guest, qemu_command
+from lab import Failure, Lab, wait_for
 from lab.qmp import Qmp, qmp_devices
 from lab.suite import AGENT, live_test
 from test_migrate import Hosts, check_report
@@ -21,7 +19,7 @@ class QemuHosts(Hosts):
         of_source, of_destination = self.keys()
         self.source.start_memd({"migration": of_source})
         self.destination.start_memd({"migration": {"listen": self.address, **of_destination},
-                                     **self._awaits(name)})
+                                     **self.destination.awaits_qemu(name, MEMORY)})
         self.name = name
         self.test_monitor = os.path.join(self.source.directory, f"{name}.test")
         self.guest = self.source.start_guest(name, memory=MEMORY, seed=1, devices=qmp_devices(self.test_monitor),
@@ -29,24 +27,9 @@ class QemuHosts(Hosts):
         self.guest.wait_ready()
         self.source.wait_connected(name)
 
-    def _awaits(self, name):
-        """The section by which a guest of that name may come, and the command that waits for it."""
-        lab = self.destination
-        files = machine.guest_files()
-        qemu = qemu_command(files + "/vmlinuz", files + "/initramfs", lab.accelerator, name, lab.directory, MEMORY,
-                            "", qmp_devices(os.path.join(lab.directory, f"{name}.test")))
-        command = [machine.program("memctl"), "--socket", lab.socket, "run", "--name", name, "--incoming", "--", *qemu]
-        script = os.path.join(lab.directory, f"{name}.sh")
-        with open(script, "w") as file:
-            file.write(f"exec {shlex.join(command)} 2>> {lab.directory}/{name}.stderr\n")
-        return {f"guest {name}": {"max": MEMORY, "incoming_user": 0, "incoming": f"/bin/sh {script}"}}
-
     def arrived(self):
         wait_for("the VMM at the source to end", lambda: not self.guest.is_alive(), 60)
-        lab, pid = self.destination, self.destination.guest_status(self.name)["pid"]
-        guest = Guest(self.name, ArrivedProcess(pid, None), lab.directory, os.path.join(lab.directory, f"{self.name}.stderr"))
-        lab.guests[self.name] = guest
-        return guest
+        return self.destination.arrived_qemu(self.name)
 
 
 def two_qemus(test):

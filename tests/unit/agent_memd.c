@@ -79,13 +79,26 @@ static void *be_memd(void *context)
     return NULL;
 }
 
+static void name_socket(char path[MEMD_END_PATH_BYTES], pid_t process)
+{
+    snprintf(path, MEMD_END_PATH_BYTES, "/tmp/memd-unit-agent-%d", (int)process);
+}
+
+void memd_end_forget(pid_t process)
+{
+    char path[MEMD_END_PATH_BYTES];
+
+    name_socket(path, process);
+    unlink(path);
+}
+
 void memd_end_start(struct memd_end *end)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
 
     memset(end, 0, sizeof(*end));
     end->fd = -1;
-    snprintf(end->path, sizeof(end->path), "/tmp/memd-unit-agent-%d", (int)getpid());
+    name_socket(end->path, getpid());
     strcpy(address.sun_path, end->path);
     end->listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     unlink(end->path);

@@ -7,11 +7,14 @@
 #define TESTS_UNIT_AGENT_MEMD_H
 
 #include <pthread.h>
+#include <sys/types.h>
 
 #include "protocol.h"
 
+#define MEMD_END_PATH_BYTES 64U
+
 struct memd_end {
-    char path[64];
+    char path[MEMD_END_PATH_BYTES];
     int listener, fd; /* fd -1: no agent is here */
     pthread_t thread;
     pthread_mutex_t lock;
@@ -23,6 +26,8 @@ struct memd_end {
 
 void memd_end_start(struct memd_end *end);
 void memd_end_stop(struct memd_end *end);
+/* Removes what that of a process that was killed has left. */
+void memd_end_forget(pid_t process);
 
 /* Gives the agent a segment (fd stays the caller's). */
 void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int fd);

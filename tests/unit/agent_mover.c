@@ -124,6 +124,7 @@ struct mover {
     struct mover_proven proven;
     struct mover_cut cut;
     uint32_t passes;
+    uint64_t pages_left;
     int state; /* the memfd of SAVE */
     uint64_t state_bytes;
 };
@@ -164,6 +165,7 @@ static void hear_until(struct mover *mover, uint32_t wanted, struct mover_done *
         case MOVER_PROGRESS:
             memcpy(&progress, &message, sizeof(progress));
             mover->passes = progress.pass_ended ? progress.pass : mover->passes;
+            mover->pages_left = progress.pages_left;
             break;
         default: break;
         }
@@ -268,6 +270,7 @@ static void tear_down(void)
 {
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
+    memd_end_forget(child);
     close(source.fd);
     close(destination.fd);
     if (source.state >= 0)
@@ -331,6 +334,13 @@ Test(agent_mover, a_guest_moves)
     assert_moved();
     cr_assert_eq(vmm.pauses, 1);
     cr_assert_eq(vmm.resumes, 0);
+}
+
+Test(agent_mover, what_is_left_is_told_before_the_guest_goes)
+{
+    begin(0);
+    cr_assert_eq(stop(1), 0);
+    cr_assert_gt(source.pages_left, PAGES / 2);
 }
 
 Test(agent_mover, a_guest_moves_after_passes)

@@ -418,21 +418,6 @@ static int stop_guest(struct migration *migration, struct exchange *exchange)
     return 0;
 }
 
-static void look_at_stop(struct migration *migration)
-{
-    uint64_t pending = 0;
-    int r;
-
-    if (!migration->stopping)
-        return;
-    r = outgoing_stopped(&migration->outgoing, &pending);
-    if (r == -EINPROGRESS)
-        return;
-    if (r == 0)
-        migration->phase = MOVER_PHASE_STOPPED;
-    answer_stop(migration, r, pending);
-}
-
 /* A file that can't change any more, with what the hook wrote. */
 static int save_into(struct migration *migration, int fd, size_t *ret_bytes)
 {
@@ -763,6 +748,23 @@ static void say_progress(struct migration *migration, uint64_t now, bool pass_en
     migration->told_pages = pages;
     migration->told_ns = now;
     send_to_mover(migration, &progress, sizeof(progress), -1);
+}
+
+static void look_at_stop(struct migration *migration)
+{
+    uint64_t pending = 0;
+    int r;
+
+    if (!migration->stopping)
+        return;
+    r = outgoing_stopped(&migration->outgoing, &pending);
+    if (r == -EINPROGRESS)
+        return;
+    if (r == 0) {
+        migration->phase = MOVER_PHASE_STOPPED;
+        say_progress(migration, run_now_ns(), false); /* what is still to come */
+    }
+    answer_stop(migration, r, pending);
 }
 
 static void look_at_passes(struct migration *migration)

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """memd: a stock QEMU at either end, a memd each, over TCP in the clear."""
 import os
-import shlex
-import socket
 import time
 
-from lab import Failure, Lab, api, machine, wait_for
-from lab.guest import ArrivedProcess, Guest, qemu_command
+from lab import Failure, Lab, api, wait_for
+from lab.network import free_port
 
 from .pair import MEMORY, Pair
 
 NAME = "source"
 AT_REST = {"sharing": {"revisit_s": 10, "cpu_percent": 50}}  # memd's own defaults, not those of the tests
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class MemdPair(Pair):
@@ -26,22 +19,13 @@ class MemdPair(Pair):
     def open(self):
         self._port = free_port()
         self._there = Lab(network=None)
+        pin = f"taskset -c {1 % os.cpu_count()}" if self.pinned else ""
         self.lab.start_memd({"migration": {"plain": "yes"}, **AT_REST})
         self._there.start_memd({"migration": {"plain": "yes", "listen": f"127.0.0.1:{self._port}"},
-                                **AT_REST, **self._awaits()})
+                                **AT_REST, **self._there.awaits_qemu(NAME, MEMORY, prefix=pin)})
         self.boot()
         self.lab.wait_connected(NAME)
         self._bandwidth = None
-
-    def _awaits(self):
-        lab, files = self._there, machine.guest_files()
-        qemu = qemu_command(files + "/vmlinuz", files + "/initramfs", lab.accelerator, NAME, lab.directory, MEMORY, "", [])
-        command = [machine.program("memctl"), "--socket", lab.socket, "run", "--name", NAME, "--incoming", "--", *qemu]
-        script = os.path.join(lab.directory, "incoming.sh")
-        pin = f"taskset -c {1 % os.cpu_count()} " if self.pinned else ""
-        with open(script, "w") as file:
-            file.write(f"exec {pin}{shlex.join(command)} 2>> {lab.directory}/{NAME}.stderr\n")
-        return {f"guest {NAME}": {"max": MEMORY, "incoming_user": 0, "incoming": f"/bin/sh {script}"}}
 
     def limit(self, bandwidth):
         """Bytes a second, for the migration that begins next; None: as fast as it goes."""
@@ -55,10 +39,7 @@ class MemdPair(Pair):
         if status // 100 != 2:
             raise Failure(f"memd does not move the guest: {answer}")
         wait_for("the guest to run at the destination", self._runs_there, 300, 0.01)
-        pid = self._there.guest_status(NAME)["pid"]
-        self.destination = Guest(NAME, ArrivedProcess(pid, None), self._there.directory,
-                                 os.path.join(self._there.directory, f"{NAME}.stderr"))
-        self.here = self.destination
+        self.here = self.destination = self._there.arrived_qemu(NAME)
 
     def status(self):
         return self.lab.get(f"/v1/guests/{NAME}/migrate")

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """QEMU's own post-copy, with the preempt channel where it has one: two stock QEMUs over TCP."""
 import os
-import socket
 import time
 
 from lab import Failure, wait_for
+from lab.network import free_port
 from lab.qmp import Qmp, qmp_devices
 
 from .pair import Pair
 
 FULL_SPEED = 100 << 30
 CAPABILITIES = ("events", "postcopy-ram", "postcopy-preempt")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class QemuPair(Pair):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -272,6 +273,15 @@ class Lab:
         return {f"guest {name}": {"max": memory, "incoming_user": uid,
                                   "incoming": f"/bin/sh {self._script(name, command)}"}}
 
+    def awaits_qemu(self, name, memory="192M", devices=(), prefix=""):
+        """The same for a stock QEMU under `memctl run`, which `prefix` may start."""
+        qemu = qemu_command(self._files + "/vmlinuz", self._files + "/initramfs", self.accelerator, name,
+                            self.directory, memory, "", list(devices))
+        command = [machine.program("memctl"), "--socket", self.socket, "run", "--name", name, "--incoming", "--",
+                   *qemu]
+        script = self._script(name, f"exec {prefix} {shlex.join(command)} 2>> {self.directory}/{name}.stderr")
+        return {f"guest {name}": {"max": memory, "incoming_user": 0, "incoming": f"/bin/sh {script}"}}
+
     def _script(self, name, command):
         path = os.path.join(self.directory, f"{name}.sh")
         with open(path, "w") as file:
@@ -287,6 +297,13 @@ class Lab:
                            os.path.join(self.directory, f"{name}.stderr"))
         self.guests[name] = guest
         self._processes.append(guest.process)
+        return guest
+
+    def arrived_qemu(self, name):
+        """The guest that is here now. Its console begins with its arrival."""
+        guest = Guest(name, ArrivedProcess(self.guest_status(name)["pid"], None), self.directory,
+                      os.path.join(self.directory, f"{name}.stderr"))
+        self.guests[name] = guest
         return guest
 
     def _directory_of(self, uid):

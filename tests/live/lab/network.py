@@ -2,9 +2,16 @@
 """Two network namespaces with a wire between them that can be cut: reset, silent, or silent one way."""
 import itertools
 import os
+import socket
 import subprocess
 
 from .errors import Skip
+
+
+def free_port():
+    """One of the loopback's, for whoever binds it next."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 _numbers = itertools.count(1)
 NOBODY = "02:00:00:00:00:99"  # a hardware address that no interface has
