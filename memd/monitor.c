@@ -49,14 +49,21 @@ int monitor_connect(const struct guest *guest, int *ret_fd)
     return result;
 }
 
-bool monitor_make_place(const struct daemon *daemon, const char *name, uid_t uid, char *path)
+/* The directory. */
+static bool name_place(const struct daemon *daemon, const char *name, char *path)
 {
     const char *socket = daemon->config.socket, *slash = strrchr(socket, '/');
     int room = (int)sizeof(((struct sockaddr_un *)0)->sun_path);
+
+    return slash && snprintf(path, (size_t)room, "%.*s/%s.vmm", (int)(slash - socket), socket,
+                             name) < room - (int)sizeof("/qmp");
+}
+
+bool monitor_make_place(const struct daemon *daemon, const char *name, uid_t uid, char *path)
+{
     struct stat st;
 
-    if (!slash || snprintf(path, (size_t)room, "%.*s/%s.vmm", (int)(slash - socket), socket,
-                           name) >= room - (int)sizeof("/qmp"))
+    if (!name_place(daemon, name, path))
         return false;
     if (mkdir(path, 0700) < 0 && errno != EEXIST)
         return false;
@@ -66,4 +73,20 @@ bool monitor_make_place(const struct daemon *daemon, const char *name, uid_t uid
         return false;
     strcat(path, "/qmp");
     return true;
+}
+
+void monitor_remove_place(const struct daemon *daemon, const struct guest *guest)
+{
+    char path[GUEST_WORDS];
+    size_t bytes;
+
+    if (!name_place(daemon, guest->name, path))
+        return;
+    bytes = strlen(path);
+    strcat(path, "/qmp");
+    if (strcmp(path, guest->qmp) != 0)
+        return;
+    unlink(path);
+    path[bytes] = '\0';
+    rmdir(path);
 }

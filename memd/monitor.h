@@ -12,5 +12,8 @@ int monitor_connect(const struct guest *guest, int *ret_fd);
  * user alone may write to, beside memd's control socket. Fills `path` (GUEST_WORDS); false: there
  * can be none. */
 bool monitor_make_place(const struct daemon *daemon, const char *name, uid_t uid, char *path);
+/* Removes it; does nothing when this guest's monitor is elsewhere. For a guest whose VMM has ended.
+ */
+void monitor_remove_place(const struct daemon *daemon, const struct guest *guest);
 
 #endif

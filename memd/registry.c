@@ -14,6 +14,7 @@
 #include "daemon.h"
 #include "host.h"
 #include "log.h"
+#include "monitor.h"
 #include "state.h"
 
 #define NS_PER_S     1000000000ULL
@@ -531,6 +532,8 @@ void registry_remove(struct guest *guest, const char *event, const char *why)
     log_notice("guest '%s': %s", guest->name, why);
     events_emit(&daemon->events, event, guest->name, json_pack("{s:s}", "reason", why));
     control_detached(daemon, guest->name, strcmp(event, "detached") == 0);
+    if (strcmp(event, "guest_gone") == 0)
+        monitor_remove_place(daemon, guest);
     registry_save(daemon);
     pss_forget(daemon, guest);
     free(guest);

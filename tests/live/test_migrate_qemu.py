@@ -55,6 +55,9 @@ def stock_qemu_guest_moves_between_memds():
             raise Failure("the guest at the destination has begun anew")
         hosts.destination.wait_shared(18 * 256 * 9 // 10)
         guest.report()
+        guest.kill()
+        place = os.path.join(hosts.destination.directory, f"{guest.name}.vmm")
+        wait_for("its monitor's place to go", lambda: not os.path.exists(place), 30)
     two_qemus(moves)
 
 
