@@ -334,6 +334,22 @@ static bool relies_on_more(struct session *session)
     return true;
 }
 
+/* A lookup waits for memory twice, one wait after the other: both begin some entries ahead. */
+static void look_ahead(const struct session *session, uint32_t filled)
+{
+    static const uint32_t distances[] = {4, 10};
+
+    for (int far = 0; far < 2; far++) {
+        struct ring_entry entry;
+
+        if (filled <= distances[far])
+            return;
+        entry = ring_peek(&session->ring->to_memd, session->own_tail + distances[far]);
+        if (entry.op == RING_OFFER)
+            ksm_match_expect(session->member, entry.arg, far == 0);
+    }
+}
+
 /* A bounded number of entries, none from `head` on; true when there are more. The clock is read
  * here because one entry may cost a hash of a page or nothing: other agents shall not wait for the
  * sum. */
@@ -350,6 +366,7 @@ static bool read_ring(struct session *session, uint32_t head)
     for (uint32_t done = 0; filled; filled--, done++) {
         if (done == TURN_ENTRIES || (done % 32 == 31 && host_clock_ns() - start > TURN_NS))
             return true;
+        look_ahead(session, filled);
         if (take_entry(session, ring_peek(queue, session->own_tail)))
             return relies_on_more(session);
         ring_release(queue, &session->own_tail);

@@ -369,7 +369,7 @@ static void ask_for_both(struct both *both)
     ksm_member_use(both->member, both->other);
     cr_assert_eq(ksm_match_broken(both->member, 0, both->slot), 0);
     ksm_match_merge(both->member->domain, ksm_ref_of(both->member, 0), both->other,
-                    ksm_store_tag(&both->member->domain->store, both->other));
+                    *ksm_store_tag_at(&both->member->domain->store, both->other));
     cr_assert_eq(both->member->asked, 2);
 }
 

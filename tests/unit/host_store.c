@@ -76,7 +76,7 @@ Test(host_store, slots_that_are_not_there_are_nobodys)
     cr_assert_not(ksm_store_has(&store, SLOT(id, 4)));
     cr_assert_not(ksm_store_has(&store, SLOT(id + 1, 0)));
     cr_assert_not(ksm_store_has(&store, SLOT_NONE));
-    cr_assert_eq(ksm_store_tag(&store, SLOT(SEGMENTS_MAX - 1, 0)), 0);
+    cr_assert_eq(*ksm_store_tag_at(&store, SLOT(SEGMENTS_MAX - 1, 0)), 0);
     ksm_store_stop(&store);
 }
 

@@ -9,6 +9,9 @@
 #include "host.h"
 
 #define SMALLEST 16U
+/* Tags that are fetched together: they lie anywhere in memory, and one after the other each would
+ * cost a cache miss. */
+#define AHEAD 8U
 
 /* A keyed permutation of 32 bits (multiply by an odd number and fold, twice). */
 static uint32_t mix(const struct ksm_index *index, uint32_t tag)
@@ -30,8 +33,23 @@ static uint32_t home_of(const struct ksm_index_shard *shard, uint32_t mixed)
     return (uint32_t)((uint64_t)(mixed << KSM_INDEX_SHARD_BITS) * shard->size >> 32);
 }
 
-int ksm_index_start(struct ksm_index *index, uint32_t (*tag_of)(const void *owner, uint32_t ref),
-                    const void *owner)
+static uint32_t tag_of(const struct ksm_index *index, uint32_t ref)
+{
+    return *index->tag_at(index->owner, ref);
+}
+
+/* The tags of what stands from `at` on. */
+static void fetch(const struct ksm_index *index, const struct ksm_index_shard *shard, uint32_t at)
+{
+    for (uint32_t i = 0; i < AHEAD && shard->entries[at] != KSM_REF_NONE; i++) {
+        __builtin_prefetch(index->tag_at(index->owner, shard->entries[at]));
+        if (++at == shard->size)
+            at = 0;
+    }
+}
+
+int ksm_index_start(struct ksm_index *index,
+                    const uint32_t *(*tag_at)(const void *owner, uint32_t ref), const void *owner)
 {
     void *shards = mmap(NULL, sizeof(struct ksm_index_shard) * KSM_INDEX_SHARDS,
                         PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -39,7 +57,7 @@ int ksm_index_start(struct ksm_index *index, uint32_t (*tag_of)(const void *owne
 
     if (shards == MAP_FAILED)
         return -errno;
-    *index = (struct ksm_index){.shards = shards, .tag_of = tag_of, .owner = owner};
+    *index = (struct ksm_index){.shards = shards, .tag_at = tag_at, .owner = owner};
     result = host_random(index->key, sizeof(index->key));
     if (result)
         ksm_index_stop(index);
@@ -88,8 +106,10 @@ static int resize(struct ksm_index *index, struct ksm_index_shard *shard, uint32
     for (uint32_t i = 0; i < shard->size; i++) {
         uint32_t ref = shard->entries[i];
 
+        if (i + AHEAD < shard->size && shard->entries[i + AHEAD] != KSM_REF_NONE)
+            __builtin_prefetch(index->tag_at(index->owner, shard->entries[i + AHEAD]));
         if (ref != KSM_REF_NONE)
-            place(&grown, mix(index, index->tag_of(index->owner, ref)), ref);
+            place(&grown, mix(index, tag_of(index, ref)), ref);
     }
     index->size += size;
     index->size -= shard->size;
@@ -114,6 +134,20 @@ int ksm_index_add(struct ksm_index *index, uint32_t tag, uint32_t ref)
     return 0;
 }
 
+void ksm_index_expect(const struct ksm_index *index, uint32_t tag, bool soon)
+{
+    uint32_t mixed = mix(index, tag), home;
+    const struct ksm_index_shard *shard = shard_of(index, mixed);
+
+    if (!shard->size)
+        return;
+    home = home_of(shard, mixed);
+    if (soon)
+        fetch(index, shard, home);
+    else
+        __builtin_prefetch(&shard->entries[home]);
+}
+
 uint32_t ksm_index_next(const struct ksm_index *index, uint32_t tag,
                         struct ksm_index_cursor *cursor)
 {
@@ -129,10 +163,11 @@ uint32_t ksm_index_next(const struct ksm_index *index, uint32_t tag,
 
         if (ref == KSM_REF_NONE)
             break;
-        cursor->seen++;
+        if (cursor->seen++ % AHEAD == 0)
+            fetch(index, shard, cursor->place);
         if (++cursor->place == shard->size)
             cursor->place = 0;
-        if (index->tag_of(index->owner, ref) == tag)
+        if (tag_of(index, ref) == tag)
             return ref;
     }
     return KSM_REF_NONE;
@@ -143,6 +178,7 @@ static void close_gap(const struct ksm_index *index, struct ksm_index_shard *sha
 {
     uint32_t at = gap;
 
+    fetch(index, shard, gap);
     for (;;) {
         uint32_t home, ref;
 
@@ -151,7 +187,7 @@ static void close_gap(const struct ksm_index *index, struct ksm_index_shard *sha
         ref = shard->entries[at];
         if (ref == KSM_REF_NONE)
             break;
-        home = home_of(shard, mix(index, index->tag_of(index->owner, ref)));
+        home = home_of(shard, mix(index, tag_of(index, ref)));
         /* It may move to the gap unless its home lies behind the gap, cyclically. */
         if (gap <= at ? (gap < home && home <= at) : (gap < home || home <= at))
             continue;

@@ -9,6 +9,7 @@
 struct hit {
     uint32_t slot; /* SLOT_NONE: no slot */
     uint32_t ref;  /* KSM_REF_NONE: no hint either */
+    bool hinted;   /* a hint has this tag, usable or not (of a neighbour's: unknown) */
 };
 
 /* ---- finding ---- */
@@ -26,11 +27,11 @@ static bool try_ref(const struct trust_domain *domain, uint32_t self, uint32_t r
     state = ksm_ref_state(domain, ref);
     value = ksm_ref_value(domain, ref);
     if (state == PAGE_SHARED && ksm_store_usable(&domain->store, value, tag)) {
-        *ret_hit = (struct hit){value, ref};
+        *ret_hit = (struct hit){value, ref, true};
         return true;
     }
     if ((state == PAGE_HINT || state == PAGE_WANTED || state == PAGE_FILLED) && value == tag) {
-        *ret_hit = (struct hit){SLOT_NONE, ref};
+        *ret_hit = (struct hit){SLOT_NONE, ref, true};
         return true;
     }
     return false;
@@ -48,7 +49,7 @@ static bool try_neighbours(const struct ksm_member *member, uint32_t page, uint3
         return false;
     if (member->last_slot != SLOT_NONE &&
         ksm_store_usable(&domain->store, member->last_slot + 1, tag)) {
-        *ret_hit = (struct hit){member->last_slot + 1, KSM_REF_NONE};
+        *ret_hit = (struct hit){member->last_slot + 1, KSM_REF_NONE, true};
         return true;
     }
     if (last == KSM_REF_NONE)
@@ -63,14 +64,17 @@ static bool try_neighbours(const struct ksm_member *member, uint32_t page, uint3
 static struct hit look_up(const struct trust_domain *domain, uint32_t self, uint32_t tag)
 {
     struct ksm_index_cursor cursor = {0, 0};
-    struct hit hit = {SLOT_NONE, KSM_REF_NONE};
+    struct hit hit = {SLOT_NONE, KSM_REF_NONE, false};
     uint32_t ref;
 
     while ((ref = ksm_index_next(&domain->index, tag, &cursor)) != KSM_REF_NONE) {
-        if (!KSM_REF_IS_SLOT(ref))
-            (void)try_ref(domain, self, ref, tag, &hit);
-        else if (ksm_store_usable(&domain->store, KSM_REF_SLOT(ref), tag))
-            return (struct hit){KSM_REF_SLOT(ref), hit.ref};
+        if (KSM_REF_IS_SLOT(ref)) {
+            if (ksm_store_usable(&domain->store, KSM_REF_SLOT(ref), tag))
+                return (struct hit){KSM_REF_SLOT(ref), hit.ref, hit.hinted};
+            continue;
+        }
+        hit.hinted = true;
+        (void)try_ref(domain, self, ref, tag, &hit);
     }
     return hit;
 }
@@ -82,24 +86,28 @@ bool ksm_match_finds_slot(const struct trust_domain *domain, uint32_t tag)
 
 /* ---- what follows from it ---- */
 
-void ksm_match_keep(struct trust_domain *domain, uint32_t ref, uint32_t tag)
+/* One hint for each tag: a stranger who offers one hash a million times fills no table. */
+static void keep(struct trust_domain *domain, uint32_t ref, uint32_t tag, bool hinted)
 {
-    struct ksm_index_cursor cursor = {0, 0};
-    uint32_t other;
-
-    /* One hint for each tag: a stranger who offers one hash a million times fills no table. */
-    while ((other = ksm_index_next(&domain->index, tag, &cursor)) != KSM_REF_NONE) {
-        if (!KSM_REF_IS_SLOT(other))
-            break;
-    }
     ksm_ref_set(domain, ref, PAGE_HINT, tag);
-    if (other == KSM_REF_NONE && ksm_index_add(&domain->index, tag, ref) == 0) {
+    if (!hinted && ksm_index_add(&domain->index, tag, ref) == 0) {
         domain->hints++;
         return;
     }
     ksm_ref_set(domain, ref, PAGE_SPARE, tag);
     domain->missed = true;
     domain->counters.missed++;
+}
+
+void ksm_match_keep(struct trust_domain *domain, uint32_t ref, uint32_t tag)
+{
+    struct ksm_index_cursor cursor = {0, 0};
+    uint32_t other;
+
+    do {
+        other = ksm_index_next(&domain->index, tag, &cursor);
+    } while (other != KSM_REF_NONE && KSM_REF_IS_SLOT(other));
+    keep(domain, ref, tag, other != KSM_REF_NONE);
 }
 
 void ksm_match_merge(struct trust_domain *domain, uint32_t ref, uint32_t slot, uint32_t tag)
@@ -145,7 +153,9 @@ void ksm_match_content(struct ksm_member *member, uint32_t page, uint32_t tag, u
     member->last_ref = hit.ref;
     if (hit.slot != SLOT_NONE)
         ksm_match_merge(domain, ref, hit.slot, tag);
-    else if (hit.ref == KSM_REF_NONE || !join_round(domain, hit.ref, ref, tag, hash))
+    else if (hit.ref == KSM_REF_NONE)
+        keep(domain, ref, tag, hit.hinted);
+    else if (!join_round(domain, hit.ref, ref, tag, hash))
         ksm_match_keep(domain, ref, tag);
 }
 
@@ -172,6 +182,11 @@ static void offer_again(struct ksm_member *member, uint32_t ref, uint32_t tag)
     } else {
         ksm_ref_set(domain, ref, PAGE_REWANTED, tag);
     }
+}
+
+void ksm_match_expect(const struct ksm_member *member, uint64_t hash, bool soon)
+{
+    ksm_index_expect(&member->domain->index, hash_tag(hash), soon);
 }
 
 int ksm_match_offer(struct ksm_member *member, uint32_t page, uint64_t hash)

@@ -11,6 +11,10 @@
 
 #include "member.h"
 
+/* An offer with this hash is in the ring, and is to be taken after some others, or soon: memory
+ * that it needs is fetched into the cache. Changes nothing. */
+void ksm_match_expect(const struct ksm_member *member, uint64_t hash, bool soon);
+
 int ksm_match_offer(struct ksm_member *member, uint32_t page, uint64_t hash);
 /* content: 4096 bytes that the agent may still be writing to. */
 int ksm_match_page(struct ksm_member *member, uint32_t page, const void *content);

@@ -146,11 +146,17 @@ static inline enum ksm_page_state ksm_ref_state(const struct trust_domain *domai
     return (enum ksm_page_state)(chunk->states[at / 2] >> (at % 2 * 4) & 15);
 }
 
-static inline uint32_t ksm_ref_value(const struct trust_domain *domain, uint32_t ref)
+static inline const uint32_t *ksm_ref_value_at(const struct trust_domain *domain, uint32_t ref)
 {
+    static const uint32_t nothing = 0;
     const struct ksm_chunk *chunk = ksm_chunk_of(domain, ref);
 
-    return chunk->values ? chunk->values[ref & (KSM_CHUNK_PAGES - 1)] : 0;
+    return chunk->values ? &chunk->values[ref & (KSM_CHUNK_PAGES - 1)] : &nothing;
+}
+
+static inline uint32_t ksm_ref_value(const struct trust_domain *domain, uint32_t ref)
+{
+    return *ksm_ref_value_at(domain, ref);
 }
 
 /* The chunk has its table: ksm_member_know() said so. */

@@ -221,11 +221,12 @@ static struct ksm_segment *segment_of(const struct ksm_store *store, uint32_t sl
     return segment && SLOT_PAGE(slot) < segment->pages ? segment : NULL;
 }
 
-uint32_t ksm_store_tag(const struct ksm_store *store, uint32_t slot)
+const uint32_t *ksm_store_tag_at(const struct ksm_store *store, uint32_t slot)
 {
+    static const uint32_t nothing = 0;
     const struct ksm_segment *segment = segment_of(store, slot);
 
-    return segment ? segment->tags[SLOT_PAGE(slot)] : 0;
+    return segment ? &segment->tags[SLOT_PAGE(slot)] : &nothing;
 }
 
 bool ksm_store_usable(const struct ksm_store *store, uint32_t slot, uint32_t tag)

@@ -97,8 +97,8 @@ int ksm_store_adopt(struct ksm_store *store, uint32_t id, uint32_t pages, uint64
 bool ksm_store_is(const struct ksm_segment *segment, int fd);
 void ksm_store_close(struct ksm_store *store, struct ksm_segment *segment);
 
-/* The tag of a slot; 0 when there is no such slot. */
-uint32_t ksm_store_tag(const struct ksm_store *store, uint32_t slot);
+/* Where the tag of a slot stands: never NULL, a 0 when there is no such slot. */
+const uint32_t *ksm_store_tag_at(const struct ksm_store *store, uint32_t slot);
 /* True when the slot is there, LIVE, has this tag and room for one more user. */
 bool ksm_store_usable(const struct ksm_store *store, uint32_t slot, uint32_t tag);
 /* True when the slot is in a segment that agents may have. */

@@ -27,14 +27,13 @@ static bool step_rehashing(struct loop_task *task);
 static bool step_sweep(struct loop_task *task);
 static void look_after(struct loop_timer *timer);
 
-/* The tag under which a reference stands in the index. */
-static uint32_t tag_of(const void *owner, uint32_t ref)
+/* Where the tag under which a reference is in the index stands. */
+static const uint32_t *tag_at(const void *owner, uint32_t ref)
 {
     const struct trust_domain *domain = owner;
 
-    if (KSM_REF_IS_SLOT(ref))
-        return ksm_store_tag(&domain->store, KSM_REF_SLOT(ref));
-    return ksm_ref_value(domain, ref);
+    return KSM_REF_IS_SLOT(ref) ? ksm_store_tag_at(&domain->store, KSM_REF_SLOT(ref))
+                                : ksm_ref_value_at(domain, ref);
 }
 
 /* ---- start and stop ---- */
@@ -62,7 +61,7 @@ static int start_parts(struct trust_domain *domain, const struct trust_domain_se
         return result;
     if (!found)
         domain->settled_ns = 0;
-    result = ksm_index_start(&domain->index, tag_of, domain);
+    result = ksm_index_start(&domain->index, tag_at, domain);
     if (result)
         goto undo_record;
     result = ksm_store_start(&domain->store, setup->budget);
