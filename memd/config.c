@@ -26,6 +26,7 @@ enum kind {
     KIND_PERCENT,
     KIND_PATH,
     KIND_ADDRESS,
+    KIND_PORTS,
     KIND_ENGINE,
     KIND_YESNO
 };
@@ -57,6 +58,7 @@ static const struct key keys[] = {
     KEY("vault", "spill_path", KIND_PATH, spill_path, 0, 0),
     KEY("vault", "spill_budget", KIND_SIZE, spill_budget_bytes, 0, 0),
     KEY("migration", "listen", KIND_ADDRESS, migration_listen, 0, 0),
+    KEY("migration", "ports", KIND_PORTS, migration_ports, 0, 0),
     KEY("migration", "bandwidth", KIND_SIZE, migration_bandwidth_bytes, 0, 0),
     KEY("migration", "tls_cert", KIND_PATH, tls_cert, 0, 0),
     KEY("migration", "tls_key", KIND_PATH, tls_key, 0, 0),
@@ -277,6 +279,19 @@ static int set_yes_no(struct parse *parse, const struct key *key, const char *va
     return 1;
 }
 
+static int set_ports(struct parse *parse, const struct key *key, const char *value)
+{
+    struct port_range *place = (struct port_range *)(void *)((char *)&parse->config + key->offset);
+    unsigned int first, last;
+    int used = 0;
+
+    if (sscanf(value, "%5u - %5u%n", &first, &last, &used) != 2 || value[used] || first == 0 ||
+        last > UINT16_MAX || first > last)
+        return fail(parse, "%s = %s: give FIRST-LAST, as 7008-7039", key->name, value);
+    *place = (struct port_range){(uint16_t)first, (uint16_t)last};
+    return 1;
+}
+
 static int set_size(struct parse *parse, const struct key *key, const char *value)
 {
     uint64_t *place = (uint64_t *)(void *)((char *)&parse->config + key->offset);
@@ -319,6 +334,7 @@ static int set_key(struct parse *parse, size_t index, const char *value)
     switch (key->kind) {
     case KIND_PATH:
     case KIND_ADDRESS: return set_word(parse, key, value);
+    case KIND_PORTS: return set_ports(parse, key, value);
     case KIND_ENGINE: return set_engine(parse, key, value);
     case KIND_YESNO: return set_yes_no(parse, key, value);
     case KIND_SIZE: return set_size(parse, key, value);

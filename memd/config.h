@@ -45,6 +45,10 @@ struct config_guest {
     bool has_incoming_uid;
 };
 
+struct port_range {
+    uint16_t first, last;
+};
+
 struct config {
     /* [host]; budget 0: all of the host's memory but the reserve */
     uint64_t budget_bytes, reserve_bytes;
@@ -64,6 +68,7 @@ struct config {
     bool vault_set;
     /* [migration] */
     char migration_listen[CONFIG_WORD_BYTES];
+    struct port_range migration_ports;  /* of the guests that come; 0, 0: any */
     uint64_t migration_bandwidth_bytes; /* a second */
     char tls_cert[CONFIG_WORD_BYTES], tls_key[CONFIG_WORD_BYTES], tls_ca[CONFIG_WORD_BYTES];
     bool plain;

@@ -600,7 +600,9 @@ static void take_peer(struct daemon *daemon, int fd, const struct sockaddr_stora
              host, port);
     result = mover_process_start(migration, fd);
     if (result) {
-        log_error("a mover for %s can't be started: %s", migration->peer, strerror(-result));
+        log_error("a mover for %s can't be started: %s", migration->peer,
+                  result == -EADDRINUSE ? "all of [migration] ports are in use"
+                                        : strerror(-result));
         forget(migration);
     }
 }

@@ -67,32 +67,47 @@ static int listen_for_next(struct migration *migration)
     return fd;
 }
 
-/* The mover's own port: of the address that [migration] listen names. */
-static int listen_for_peer(struct migration *migration)
+static in_port_t *port_of(struct sockaddr_storage *address)
 {
-    struct sockaddr_storage address = {.ss_family = AF_INET};
-    socklen_t bytes = sizeof(address);
-    int fd, on = 1, result;
+    return address->ss_family == AF_INET6 ? &((struct sockaddr_in6 *)(void *)address)->sin6_port
+                                          : &((struct sockaddr_in *)(void *)address)->sin_port;
+}
 
-    if (getsockname(migration->daemon->migrations.listener, (struct sockaddr *)&address, &bytes))
-        return -errno;
-    if (address.ss_family == AF_INET6)
-        ((struct sockaddr_in6 *)(void *)&address)->sin6_port = htons(migration->listen_port);
-    else
-        ((struct sockaddr_in *)(void *)&address)->sin_port = htons(migration->listen_port);
-    fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+static int listen_at(struct sockaddr_storage *address, socklen_t bytes, uint16_t port)
+{
+    int fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1;
+    int result;
+
     if (fd < 0)
         return -errno;
     (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-    if (bind(fd, (struct sockaddr *)&address, bytes) || listen(fd, 16) ||
-        getsockname(fd, (struct sockaddr *)&address, &bytes)) {
+    *port_of(address) = htons(port);
+    if (bind(fd, (struct sockaddr *)address, bytes) || listen(fd, 16) ||
+        getsockname(fd, (struct sockaddr *)address, &bytes)) {
         result = -errno;
         close(fd);
         return result;
     }
-    migration->listen_port =
-        ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)(void *)&address)->sin6_port
-                                            : ((struct sockaddr_in *)(void *)&address)->sin_port);
+    return fd;
+}
+
+/* The mover's own port: of the address that [migration] listen names, and of its ports; the one
+ * that it had before when it takes over. */
+static int listen_for_peer(struct migration *migration)
+{
+    struct port_range ports = migration->daemon->config.migration_ports;
+    struct sockaddr_storage address = {.ss_family = AF_INET};
+    socklen_t bytes = sizeof(address);
+    int fd = -EADDRINUSE;
+
+    if (getsockname(migration->daemon->migrations.listener, (struct sockaddr *)&address, &bytes))
+        return -errno;
+    if (migration->listen_port)
+        ports = (struct port_range){migration->listen_port, migration->listen_port};
+    for (uint32_t port = ports.first; fd == -EADDRINUSE && port <= ports.last; port++)
+        fd = listen_at(&address, bytes, (uint16_t)port);
+    if (fd >= 0)
+        migration->listen_port = ntohs(*port_of(&address));
     return fd;
 }
 

@@ -40,8 +40,10 @@ class Hosts:
         return [authority.certify(name, address) for name, address in
                 zip(("source", "destination"), self.wire.addresses)]
 
-    def start(self, name="moves", cpus=1, **regions):
+    def start(self, name="moves", cpus=1, ports=None, **regions):
         of_source, of_destination = self.keys()
+        if ports:
+            of_destination = {**of_destination, "ports": ports}
         self.source.start_memd({"migration": of_source})
         self.destination.start_memd({"migration": {"listen": self.address, **of_destination},
                                      **self.destination.awaits_memvm(name, cpus=cpus)})
@@ -328,6 +330,23 @@ def guest_that_the_destination_does_not_know_is_refused():
         if "names no VMM" not in report["reason"]:
             raise Failure(f"it is not said why: {report}")
         hosts.nothing_arrived()
+
+
+@live_test([AGENT, MEMVM])
+def guest_that_comes_when_its_ports_are_in_use_stays_where_it_is():
+    """It moves when one is free, and by no other."""
+    with two_hosts() as hosts, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        hosts.start(ports=f"{port}-{port}")
+        hosts.begin()
+        hosts.fails()
+        if "all of [migration] ports are in use" not in hosts.destination.log("memd.log"):
+            raise Failure("the destination does not say why")
+        hosts.nothing_arrived()
+        taken.close()
+        hosts.begin()
+        _, guest = hosts.completes()
+        guest.report()
 
 
 @live_test([AGENT, MEMVM])

@@ -27,7 +27,8 @@ Test(host_config, everything_that_can_be_said_is_understood)
         "# a comment\n[host]\nbudget = 28G\nreserve = 1G\nsocket = /run/x.sock\n"
         "state_dir = /var/lib/x\ngrace_s = 1.5\n[sharing]\nengine = kernel\nrevisit_s = 0.5\n"
         "cpu_percent = 150\n[store]\nbudget = 4096\n[vault]\nbudget = 1T\nspill_path = /spill\n"
-        "spill_budget = 2K\n[migration]\nlisten = [::1]:700\nbandwidth = 10M\ntls_cert = /c\n"
+        "spill_budget = 2K\n[migration]\nlisten = [::1]:700\nports = 7008-7039\nbandwidth = "
+        "10M\ntls_cert = /c\n"
         "tls_key = /k\ntls_ca = /a\nplain = yes\n[metrics]\nlisten = 127.0.0.1:9417\n"
         "[domain web]\nuids = 0 1001\n    1002\nneutral = /a /b\n[guest db-1.x]\nmax = 4G\n"
         "min = 1G\nshares = 7\ndomain = web\nincoming = /usr/bin/vmm --incoming\n"
@@ -41,6 +42,8 @@ Test(host_config, everything_that_can_be_said_is_understood)
     cr_assert_eq(config.engine, SHARING_KERNEL);
     cr_assert_eq(config.cpu_percent, 150);
     cr_assert_eq(config.vault_budget_bytes, 1ULL << 40);
+    cr_assert_eq(config.migration_ports.first, 7008);
+    cr_assert_eq(config.migration_ports.last, 7039);
     cr_assert(config.plain && config.vault_set && config.migration_listen[0]);
     cr_assert_eq(config.domains[0].uid_count, 3);
     cr_assert(config_domain_admits(&config.domains[0], 1002));
@@ -129,6 +132,11 @@ ParameterizedTestParameters(host_config, a_mistake_is_named_with_its_line)
         {"[guest a]\nincoming = /vmm \"a\n", "is not closed"},
         {"[guest a]\nmax = 1G\nincoming = /vmm\n", "incoming needs max and incoming_user"},
         {"[guest a]\nincoming_user = nobody-here\n", "neither a number nor a user"},
+        {"[migration]\nports = 7008\n", ":2: ports = 7008: give FIRST-LAST"},
+        {"[migration]\nports = 7039-7008\n", ":2: ports"},
+        {"[migration]\nports = 1-65536\n", ":2: ports"},
+        {"[migration]\nports = 0-9\n", ":2: ports"},
+        {"[migration]\nports = 1-9x\n", ":2: ports"},
         {"[migration]\nplain = maybe\n", ":2: plain = maybe: give yes or no"},
         {"[domain web]\nuid = 1\n", ":2: a domain has no 'uid'"},
         {"[domain web]\nuids = 1 no-such-user-here\n", ":2: uids: 'no-such-user-here'"},
