@@ -5,20 +5,144 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "kernel_abi.h"
 #include "uffd.h"
+
+/* ---- the staging areas ---- */
+
+/* Staging takes the guest's frozen pages: it must never be seen by a child, a core dump, khugepaged
+ * or ksmd, and reading a hole in it must not hand out a page. */
+static int prepare_staging(const struct guest_ram *ram, uint8_t *at, size_t bytes)
+{
+    sys_madvise(at, bytes, MADV_DONTFORK);
+    sys_madvise(at, bytes, MADV_DONTDUMP);
+    sys_madvise(at, bytes, MADV_NOHUGEPAGE);
+    sys_madvise(at, bytes, MADV_UNMERGEABLE);
+    return uffd_register(ram->guest_fd, at, bytes, UFFDIO_REGISTER_MODE_MISSING);
+}
+
+static uint8_t *map_staging(uint8_t *at, size_t bytes)
+{
+    return sys_mmap(at, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0), -1, 0);
+}
+
+/* Without it everything works, huge pages are split. */
+static void open_huge_staging(struct guest_ram *ram)
+{
+    uint8_t *area = map_staging(NULL, 2 * HUGE_BYTES);
+    uint8_t *at;
+
+    if (sys_failed(area))
+        return;
+    at = (uint8_t *)(((uintptr_t)area + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+    if (at > area)
+        sys_munmap(area, (size_t)(at - area));
+    sys_munmap(at + HUGE_BYTES, (size_t)(area + HUGE_BYTES - at));
+    if (prepare_staging(ram, at, HUGE_BYTES) < 0)
+        sys_munmap(at, HUGE_BYTES);
+    else
+        ram->huge_staging = at;
+}
+
+int freeze_open(struct guest_ram *ram, const char **ret_reason)
+{
+    int r;
+
+    ram->staging = map_staging(NULL, FREEZE_MAX_PAGES * PAGE_BYTES);
+    if (sys_failed(ram->staging)) {
+        *ret_reason = "no memory for the staging area";
+        r = (int)(intptr_t)ram->staging;
+        ram->staging = NULL;
+        return r;
+    }
+    ram->frozen = ram->staging;
+    r = prepare_staging(ram, ram->staging, FREEZE_MAX_PAGES * PAGE_BYTES);
+    if (r < 0)
+        *ret_reason = "the staging area can't be registered with userfaultfd";
+    else
+        open_huge_staging(ram);
+    return r;
+}
+
+void freeze_close(struct guest_ram *ram)
+{
+    if (ram->staging)
+        sys_munmap(ram->staging, FREEZE_MAX_PAGES * PAGE_BYTES);
+    if (ram->huge_staging)
+        sys_munmap(ram->huge_staging, HUGE_BYTES);
+    ram->staging = ram->huge_staging = NULL;
+}
+
+/* ---- freeze ---- */
+
+static bool is_huge(const struct guest_ram *ram, const uint8_t *at)
+{
+    struct page_region region = {0};
+    struct pm_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = (uintptr_t)at,
+        .end = (uintptr_t)at + HUGE_BYTES,
+        .vec = (uintptr_t)&region,
+        .vec_len = 1,
+        .category_mask = PAGE_IS_PRESENT | PAGE_IS_HUGE,
+        .return_mask = PAGE_IS_HUGE,
+    };
+
+    return sys_ioctl(ram->pagemap_fd, PAGEMAP_SCAN, &scan) == 1 && region.start == scan.start &&
+           region.end == scan.end;
+}
+
+bool freeze_is_huge(const struct guest_ram *ram, const struct ram_block *block, uint32_t index)
+{
+    const uint8_t *at = ram_address(block, index);
+
+    return ram->huge_staging && (uintptr_t)at % HUGE_BYTES == 0 &&
+           block->pages - index >= HUGE_PAGES && is_huge(ram, at);
+}
+
+/* The kernel moves a huge page whole only to where there are no page tables. Those of pages that
+ * came one by one, or were taken out so, stay for as long as the mapping. */
+static void empty_huge(struct guest_ram *ram)
+{
+    if (!ram->huge_staged)
+        return;
+    ram->huge_staged = false;
+    if (is_huge(ram, ram->huge_staging)) {
+        sys_madvise(ram->huge_staging, HUGE_BYTES, MADV_DONTNEED);
+        return;
+    }
+    if (!sys_failed(map_staging(ram->huge_staging, HUGE_BYTES)) &&
+        prepare_staging(ram, ram->huge_staging, HUGE_BYTES) == 0)
+        return;
+    sys_munmap(ram->huge_staging, HUGE_BYTES);
+    ram->huge_staging = NULL;
+}
 
 int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     long moved;
 
-    if (pages > FREEZE_MAX_PAGES)
-        pages = FREEZE_MAX_PAGES;
-    if (ram->staged + pages > FREEZE_MAX_PAGES)
-        freeze_empty(ram);
-    moved = uffd_move(ram->guest_fd, freeze_bytes(ram, 0), ram_address(block, index),
-                      pages * PAGE_BYTES);
+    empty_huge(ram);
+    if (pages >= HUGE_PAGES && freeze_is_huge(ram, block, index)) {
+        pages = HUGE_PAGES;
+        ram->frozen = ram->huge_staging;
+    } else {
+        if (pages > FREEZE_MAX_PAGES)
+            pages = FREEZE_MAX_PAGES;
+        if (ram->staged + pages > FREEZE_MAX_PAGES)
+            freeze_empty(ram);
+        ram->frozen = ram->staging + ram->staged * PAGE_BYTES;
+    }
+    moved = uffd_move(ram->guest_fd, ram->frozen, ram_address(block, index), pages * PAGE_BYTES);
+    if (ram->frozen == ram->huge_staging) {
+        ram->huge_staged = true; /* also by an attempt that failed: page tables may be left of it */
+        ram->huge_freezes += moved == (long)HUGE_BYTES;
+    }
     return moved < 0 ? (int)moved : (int)(moved / (long)PAGE_BYTES);
 }
+
+/* ---- thaw ---- */
 
 /* One page by copy: when MOVE is refused. Without memory there is nothing better than to try
  * again: the bytes are safe in the staging area, and the guest waits. */
@@ -54,11 +178,13 @@ void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t inde
 void freeze_thaw(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     uffd_wake(ram->guest_fd, ram_address(block, index), pages * PAGE_BYTES);
-    ram->staged += pages;
+    if (ram->frozen != ram->huge_staging)
+        ram->staged += pages;
 }
 
 void freeze_empty(struct guest_ram *ram)
 {
+    empty_huge(ram);
     if (ram->staged > 0)
         sys_madvise(ram->staging, ram->staged * PAGE_BYTES, MADV_DONTNEED);
     ram->staged = 0;

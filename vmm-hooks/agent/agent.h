@@ -28,6 +28,9 @@
 
 #define AGENT_MAX_LEFT_ALONE 32U
 
+/* MERGE entries done together: long enough for whole runs, short enough for one turn. */
+#define AGENT_MAX_MERGES 512U
+
 /* RAM that the VMM announced and that is not managed. */
 struct left_alone {
     uint64_t hva;
@@ -74,7 +77,10 @@ struct memd_vm {
     uint32_t announced; /* blocks told to memd */
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;
-    struct message_stats told; /* what memd was told last */
+    struct message_stats told;                  /* what memd was told last */
+    struct ring_entry merges[AGENT_MAX_MERGES]; /* taken from the ring, not yet done */
+    uint32_t merge_count;
+    uint64_t merges_at_ns; /* when something was last added */
     uint32_t revisit_ms;
     uint32_t cpu_permille;
     uint32_t interval_ms;
@@ -152,6 +158,8 @@ void session_end_pass(struct memd_vm *vm);
 void session_drop_again(struct memd_vm *vm);
 /* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg);
+/* How long at most session_turn need not be called. */
+uint64_t session_patience_ns(const struct memd_vm *vm);
 /* Waits for memd or for somebody to stop us. */
 void session_wait(struct memd_vm *vm, uint64_t ns);
 

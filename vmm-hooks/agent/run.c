@@ -327,6 +327,8 @@ static void turn(struct memd_vm *vm)
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;
     }
+    if (wait > session_patience_ns(vm))
+        wait = session_patience_ns(vm);
     if (done == 0 && wait > 0)
         session_wait(vm, wait);
 }

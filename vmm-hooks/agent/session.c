@@ -12,6 +12,7 @@
 
 #include "agent.h"
 #include "discard.h"
+#include "freeze.h"
 #include "procfs.h"
 
 #define CONNECT_RETRY_NS 1000000000ULL
@@ -24,8 +25,9 @@
 #define BUFFER_TRIES 5000
 /* After so many passes memd is told of what it knows already, but for the time that was used. */
 #define TOLD_PASSES 8U
-/* Merge answers taken together: long enough for whole runs, short enough for one turn. */
-#define ANSWERS 512U
+/* How long the beginning of a huge page waits for the rest of it: memd sends what belongs together
+ * within milliseconds. */
+#define REST_NS 5000000ULL
 
 static uint64_t told_bit(uint32_t index)
 {
@@ -299,6 +301,7 @@ void session_close(struct memd_vm *vm)
 {
     rpc_close(&vm->rpc);
     vm->sink_full = false;
+    vm->merge_count = 0;
 }
 
 /* ---- messages ---- */
@@ -507,7 +510,7 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
 {
     struct ram_block *block = ram_find_page(&vm->ram, page);
     uint32_t shortest = run_shortest_run(vm);
-    uint8_t outcomes[ANSWERS];
+    uint8_t outcomes[AGENT_MAX_MERGES];
     uint32_t index;
 
     if (!block || page - block->first_page + pages > block->pages) {
@@ -529,15 +532,21 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
         report_outcome(vm, block, page + i, slot + i, outcomes[i]);
 }
 
+static bool follows(const struct ring_entry *first, const struct ring_entry *entry, uint32_t by)
+{
+    uint32_t slot = (uint32_t)first->arg;
+
+    return entry->page == first->page + by && (uint32_t)entry->arg == slot + by &&
+           SLOT_SEGMENT(slot + by) == SLOT_SEGMENT(slot);
+}
+
 /* Pages that follow each other, into slots that follow each other, are merged as one run. */
 static void merge_entries(struct memd_vm *vm, const struct ring_entry *entries, uint32_t count)
 {
     for (uint32_t i = 0, run; i < count; i += run) {
         uint32_t slot = (uint32_t)entries[i].arg;
         run = 1;
-        while (i + run < count && entries[i + run].page == entries[i].page + run &&
-               (uint32_t)entries[i + run].arg == slot + run &&
-               SLOT_SEGMENT(slot + run) == SLOT_SEGMENT(slot) &&
+        while (i + run < count && follows(&entries[i], &entries[i + run], run) &&
                ram_find_page(&vm->ram, entries[i].page) ==
                    ram_find_page(&vm->ram, entries[i].page + run))
             run++;
@@ -558,34 +567,84 @@ static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
                 slot | (uint64_t)outcome << 32);
 }
 
+/* How many of the last merges are the beginning of a huge page, the rest of which may be on its
+ * way. */
+static uint32_t count_begun(struct memd_vm *vm)
+{
+    const struct ring_entry *last = &vm->merges[vm->merge_count - 1];
+    const struct ram_block *block = ram_find_page(&vm->ram, last->page);
+    uint32_t index, first, begun;
+
+    if (!block)
+        return 0;
+    index = last->page - block->first_page;
+    first = ram_chunk_first(block, ram_chunk_of(block, index));
+    begun = index - first + 1;
+    if (begun >= HUGE_PAGES || begun > vm->merge_count)
+        return 0;
+    last -= begun - 1;
+    for (uint32_t i = 1; i < begun; i++)
+        if (!follows(last, last + i, i))
+            return 0;
+    return freeze_is_huge(&vm->ram, block, first) ? begun : 0;
+}
+
+/* Does what was asked; with `all`, also what might be done better together with more. */
+static void do_merges(struct memd_vm *vm, bool all)
+{
+    uint32_t kept = vm->merge_count > 0 && !all ? count_begun(vm) : 0;
+    uint32_t count = vm->merge_count - kept;
+
+    merge_entries(vm, vm->merges, count);
+    if (vm->rpc.fd < 0)
+        return; /* it broke meanwhile: nobody waits for the answers */
+    memmove(vm->merges, vm->merges + count, kept * sizeof(vm->merges[0]));
+    vm->merge_count = kept;
+}
+
+static void take_merge(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    if (vm->merge_count == AGENT_MAX_MERGES)
+        do_merges(vm, false);
+    if (vm->rpc.fd < 0)
+        return;
+    vm->merges[vm->merge_count++] = *entry;
+    vm->merges_at_ns = run_now_ns();
+}
+
+static void take_entry(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    /* Its segment was sent before it, perhaps since the socket was last read. */
+    if ((entry->op == RING_MERGE || entry->op == RING_REMAP) &&
+        !segments_find(&vm->segments, SLOT_SEGMENT((uint32_t)entry->arg)))
+        take_messages(vm);
+    if (entry->op == RING_MERGE) {
+        take_merge(vm, entry);
+    } else if (entry->op == RING_WANT) {
+        answer_want(vm, entry); /* of a page for which no merge is out */
+    } else if (entry->op == RING_REMAP) {
+        do_merges(vm, true); /* in order: what was asked before is done before */
+        remap_entry(vm, entry);
+    }
+}
+
 static uint32_t take_entries(struct memd_vm *vm)
 {
-    struct ring_entry merges[ANSWERS];
     struct ring_entry entry;
-    uint32_t count = 0;
     uint32_t taken = 0;
 
-    while (taken < ANSWERS && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
+    while (taken < AGENT_MAX_MERGES && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
         taken++;
-        /* Its segment was sent before it, perhaps since the socket was last read. */
-        if ((entry.op == RING_MERGE || entry.op == RING_REMAP) &&
-            !segments_find(&vm->segments, SLOT_SEGMENT((uint32_t)entry.arg)))
-            take_messages(vm);
-        if (entry.op == RING_MERGE) {
-            merges[count++] = entry;
-            continue;
-        }
-        /* In order: what was asked before is done before. */
-        merge_entries(vm, merges, count);
-        count = 0;
-        if (entry.op == RING_WANT)
-            answer_want(vm, &entry);
-        else if (entry.op == RING_REMAP)
-            remap_entry(vm, &entry);
+        take_entry(vm, &entry);
     }
-    if (vm->rpc.fd >= 0)
-        merge_entries(vm, merges, count);
+    if (vm->rpc.fd >= 0 && vm->merge_count > 0)
+        do_merges(vm, taken == 0 && run_now_ns() - vm->merges_at_ns >= REST_NS);
     return taken;
+}
+
+uint64_t session_patience_ns(const struct memd_vm *vm)
+{
+    return vm->merge_count > 0 ? REST_NS : UINT64_MAX;
 }
 
 uint32_t session_turn(struct memd_vm *vm)

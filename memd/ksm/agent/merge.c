@@ -97,6 +97,18 @@ static uint32_t merge_batch(struct batch *batch, uint32_t pages)
     return (uint32_t)frozen;
 }
 
+/* How many pages from `index` on may be frozen together: a whole chunk, or some, and none of the
+ * next chunk, so that that may be frozen whole. */
+static uint32_t batch_pages(const struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t room = ram_chunk_end(block, ram_chunk_of(block, index)) - index;
+
+    if (pages >= HUGE_PAGES && room == HUGE_PAGES)
+        return HUGE_PAGES;
+    room = room < FREEZE_MAX_PAGES ? room : FREEZE_MAX_PAGES;
+    return pages < room ? pages : room;
+}
+
 void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
                  uint32_t index, uint32_t slot, uint32_t pages, uint8_t *outcomes,
                  struct merge_stats *stats)
@@ -119,7 +131,7 @@ void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_bl
             .index = index + done,
             .slot = slot + done,
         };
-        uint32_t left = pages - done < FREEZE_MAX_PAGES ? pages - done : FREEZE_MAX_PAGES;
+        uint32_t left = batch_pages(block, index + done, pages - done);
 
         lock_take(&block->lock);
         done += block->live && !block->resting ? merge_batch(&batch, left) : left;

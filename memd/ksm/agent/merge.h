@@ -2,9 +2,9 @@
 /*
  * Merging: mapping a slot of the store where a guest page was.
  *
- * Freeze, compare every byte, map, thaw, in runs of up to FREEZE_MAX_PAGES pages that follow each
- * other in the guest and in the store. A hash never decides anything here. What differs, is pinned
- * or is not private any more goes back to the guest as it was.
+ * Freeze, compare every byte, map, thaw, in runs of up to FREEZE_MAX_PAGES pages, or of one
+ * huge page, that follow each other in the guest and in the store. A hash never decides anything
+ * here. What differs, is pinned or is not private any more goes back to the guest as it was.
  */
 #ifndef MEMD_KSM_AGENT_MERGE_H
 #define MEMD_KSM_AGENT_MERGE_H
