@@ -102,14 +102,13 @@ static uint32_t next_random(uint32_t *state)
 static void merge_without_freeze(uint32_t index, uint32_t slot, uint32_t pages)
 {
     uint8_t *view = segments_view(&segments, slot, pages);
-    uint32_t captives;
+    bool captive;
 
     for (uint32_t i = 0; i < pages; i++) {
         lock_take(&block->lock);
         if (ram_place(block, index + i) == PLACE_PRIVATE && !ram_captive(block, index + i) &&
             memcmp(ram_address(block, index + i), view + i * PAGE_BYTES, PAGE_BYTES) == 0 &&
-            remap_to_store(&ram, block, index + i, 1, view + i * PAGE_BYTES, slot + i, &captives) ==
-                0)
+            remap_to_store(&ram, block, index + i, view + i * PAGE_BYTES, slot + i, &captive) == 0)
             stats.merges++;
         lock_release(&block->lock);
     }

@@ -19,10 +19,11 @@
 /* memd answers a full ring within milliseconds; a memd that does not for this long is stuck. */
 #define PUT_PATIENCE_NS 5000000000ULL
 /* memd reads what is in the ring in much less; a wait shorter than this costs more than it gives.
- */
-#define MOMENT_NS 200000L
+ * On a busy host it does not: each wait is twice as long as the last, up to 16 times this. */
+#define MOMENT_NS      200000L
+#define MOMENT_DOUBLES 4U
 /* A second for a page buffer. */
-#define BUFFER_TRIES 5000
+#define BUFFER_TRIES 320U
 /* After so many passes memd is told of what it knows already, but for the time that was used. */
 #define TOLD_PASSES 8U
 /* How long the beginning of a huge page waits for the rest of it: memd sends what belongs together
@@ -43,11 +44,13 @@ static void set_told(struct ram_block *block, uint32_t index, bool told)
 }
 
 /* A moment in which memd can read from the ring. Not woken by what memd says meanwhile: that stays
- * unread until the ring's turn is over, and would wake at once each time. */
-static void wait_for_memd(struct memd_vm *vm)
+ * unread until the ring's turn is over, and would wake at once each time. `waits` is how many such
+ * moments have just gone by in vain. */
+static void wait_for_memd(struct memd_vm *vm, uint32_t waits)
 {
     struct pollfd polled = {.fd = vm->stop_fd, .events = POLLIN};
-    struct timespec moment = {.tv_nsec = MOMENT_NS};
+    struct timespec moment = {.tv_nsec = MOMENT_NS
+                                         << (waits < MOMENT_DOUBLES ? waits : MOMENT_DOUBLES)};
 
     sys_call5(SYS_ppoll, &polled, 1, &moment, NULL, 8);
 }
@@ -55,6 +58,7 @@ static void wait_for_memd(struct memd_vm *vm)
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
 {
     uint64_t give_up = 0;
+    uint32_t waits = 0;
 
     while (vm->rpc.fd >= 0 && !rpc_put(&vm->rpc, op, page, arg)) {
         uint64_t now = run_now_ns();
@@ -65,7 +69,7 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
             break;
         }
         rpc_ring(&vm->rpc);
-        wait_for_memd(vm);
+        wait_for_memd(vm, waits++);
     }
     return vm->rpc.fd >= 0;
 }
@@ -459,12 +463,12 @@ static void answer_want(struct memd_vm *vm, const struct ring_entry *entry)
     uint8_t *to = NULL;
     bool good = false;
 
-    for (int tries = 0; block && tries < BUFFER_TRIES && vm->rpc.fd >= 0; tries++) {
+    for (uint32_t tries = 0; block && tries < BUFFER_TRIES && vm->rpc.fd >= 0; tries++) {
         to = rpc_room(&vm->rpc, 2) ? rpc_page_buffer(&vm->rpc, &buffer) : NULL;
         if (to)
             break;
         rpc_ring(&vm->rpc);
-        wait_for_memd(vm);
+        wait_for_memd(vm, tries);
     }
     if (to) {
         lock_take(&block->reading);
@@ -506,17 +510,21 @@ static void report_outcome(struct memd_vm *vm, struct ram_block *block, uint32_t
     }
 }
 
-static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t pages)
+/* Pages that follow each other, in one block. */
+static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint32_t pages,
+                      uint32_t shortest)
 {
+    uint32_t page = entries[0].page;
     struct ram_block *block = ram_find_page(&vm->ram, page);
-    uint32_t shortest = run_shortest_run(vm);
     uint8_t outcomes[AGENT_MAX_MERGES];
+    uint32_t slots[AGENT_MAX_MERGES];
     uint32_t index;
 
+    for (uint32_t i = 0; i < pages; i++)
+        slots[i] = (uint32_t)entries[i].arg;
     if (!block || page - block->first_page + pages > block->pages) {
         for (uint32_t i = 0; i < pages; i++)
-            session_put(vm, RING_NOT_MERGED, page + i,
-                        (slot + i) | (uint64_t)NOT_MERGED_GONE << 32);
+            session_put(vm, RING_NOT_MERGED, page + i, slots[i] | (uint64_t)NOT_MERGED_GONE << 32);
         return;
     }
     index = page - block->first_page;
@@ -526,31 +534,33 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
     } else if (!run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
-        merge_pages(&vm->ram, &vm->segments, block, index, slot, pages, outcomes, &vm->merge);
+        merge_scattered(&vm->ram, &vm->segments, block, index, slots, pages, outcomes, &vm->merge);
     }
     for (uint32_t i = 0; i < pages; i++)
-        report_outcome(vm, block, page + i, slot + i, outcomes[i]);
+        report_outcome(vm, block, page + i, slots[i], outcomes[i]);
 }
 
-static bool follows(const struct ring_entry *first, const struct ring_entry *entry, uint32_t by)
+/* Into slots that follow each other too? */
+static bool follows(const struct ring_entry *entry)
 {
-    uint32_t slot = (uint32_t)first->arg;
+    uint32_t slot = (uint32_t)entry->arg;
 
-    return entry->page == first->page + by && (uint32_t)entry->arg == slot + by &&
-           SLOT_SEGMENT(slot + by) == SLOT_SEGMENT(slot);
+    return slot == (uint32_t)entry[-1].arg + 1 && SLOT_PAGE(slot) > 0;
 }
 
-/* Pages that follow each other, into slots that follow each other, are merged as one run. */
+/* Pages that follow each other are merged together. Where VMAs are short they are so only in
+ * slots that follow each other as well. */
 static void merge_entries(struct memd_vm *vm, const struct ring_entry *entries, uint32_t count)
 {
     for (uint32_t i = 0, run; i < count; i += run) {
-        uint32_t slot = (uint32_t)entries[i].arg;
+        uint32_t shortest = run_shortest_run(vm);
         run = 1;
-        while (i + run < count && follows(&entries[i], &entries[i + run], run) &&
+        while (i + run < count && entries[i + run].page == entries[i].page + run &&
+               (shortest <= 1 || follows(&entries[i + run])) &&
                ram_find_page(&vm->ram, entries[i].page) ==
                    ram_find_page(&vm->ram, entries[i].page + run))
             run++;
-        merge_run(vm, entries[i].page, slot, run);
+        merge_run(vm, entries + i, run, shortest);
     }
 }
 
@@ -584,7 +594,7 @@ static uint32_t count_begun(struct memd_vm *vm)
         return 0;
     last -= begun - 1;
     for (uint32_t i = 1; i < begun; i++)
-        if (!follows(last, last + i, i))
+        if (last[i].page != last->page + i)
             return 0;
     return freeze_is_huge(&vm->ram, block, first) ? begun : 0;
 }
