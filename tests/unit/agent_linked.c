@@ -358,6 +358,53 @@ Test(linked, a_hook_that_lies_ends_the_sharing_and_nothing_else, .timeout = 60)
     tear_down();
 }
 
+/* The agent may wait for the rest of a huge page, but not for ever. */
+Test(linked, the_beginning_of_a_huge_page_is_merged_though_the_rest_never_comes, .timeout = 60)
+{
+    size_t bytes = 2 * HUGE_BYTES;
+    uint8_t *at;
+    int fd = make_segment();
+
+    memd_end_start(&memd);
+    if (attach(NULL) < 0)
+        cr_skip_test("no agent on this kernel");
+    at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    at = (uint8_t *)(((uintptr_t)at + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+    madvise(at, HUGE_BYTES, MADV_HUGEPAGE);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        fill(at + i * PAGE_BYTES, i + 1);
+    cr_assert_eq(memd_ram_add(vm, at, HUGE_BYTES, 0), 0);
+    UNTIL(status().connected == 1 && memd.fd >= 0);
+    memd_end_give(&memd, 1, PAGES, fd);
+    for (int tries = 0; tries < 400 && status().shared < 8; tries++) {
+        memd_end_merge(&memd, 0, SLOT(1, 0), 8);
+        usleep(50000);
+    }
+    cr_assert_eq(status().shared, 8);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert(holds(at + i * PAGE_BYTES, i + 1));
+    close(fd);
+    tear_down();
+}
+
+Test(linked, a_pass_that_changes_nothing_says_nothing, .timeout = 60)
+{
+    uint32_t passes, said;
+
+    set_up_with(NULL);
+    share(0);
+    memd_end_tune(&memd, 10);
+    passes = status().passes;
+    UNTIL(status().passes > passes + 20); /* what was shared last is told of */
+    passes = status().passes;
+    said = __atomic_load_n(&memd.messages, __ATOMIC_ACQUIRE);
+    UNTIL(status().passes >= passes + 80);
+    said = __atomic_load_n(&memd.messages, __ATOMIC_ACQUIRE) - said;
+    cr_assert_geq(said, 8, "each eighth is told of");
+    cr_assert_leq(said, 40, "%u messages", said);
+    tear_down();
+}
+
 Test(linked, a_hook_that_wants_to_detach, .timeout = 60)
 {
     hook_detach = 0;

@@ -66,6 +66,7 @@ static void read_messages(struct memd_end *end)
     ssize_t got;
 
     while ((got = recv(end->fd, &message, sizeof(message), MSG_DONTWAIT)) > 0) {
+        __atomic_add_fetch(&end->messages, 1, __ATOMIC_RELEASE);
         if (message.header.type == MESSAGE_STATS)
             memcpy(end->reason, message.stats.reason, sizeof(end->reason));
     }
@@ -129,6 +130,17 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
     pthread_mutex_lock(&end->lock);
     if (end->fd >= 0)
         say(end->fd, &message, sizeof(message), fd);
+    pthread_mutex_unlock(&end->lock);
+}
+
+void memd_end_tune(struct memd_end *end, uint32_t revisit_ms)
+{
+    struct message_tune message = {
+        .header = {MESSAGE_TUNE, sizeof(message)}, .revisit_ms = revisit_ms, .cpu_permille = 0};
+
+    pthread_mutex_lock(&end->lock);
+    if (end->fd >= 0)
+        say(end->fd, &message, sizeof(message), -1);
     pthread_mutex_unlock(&end->lock);
 }
 

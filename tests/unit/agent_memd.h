@@ -19,6 +19,7 @@ struct memd_end {
     struct ring *ring;
     uint32_t head;
     char reason[PROTOCOL_TEXT_BYTES]; /* of the last STATS */
+    uint32_t messages;                /* heard, ever */
 };
 
 void memd_end_start(struct memd_end *end);
@@ -26,6 +27,8 @@ void memd_end_stop(struct memd_end *end);
 
 /* Gives the agent a segment (fd stays the caller's). */
 void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int fd);
+/* Tells it how often to look. */
+void memd_end_tune(struct memd_end *end, uint32_t revisit_ms);
 /* Tells it to merge pages with slots, both ascending. */
 void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages);
 /* Does the last reason that the agent gave contain these words? */

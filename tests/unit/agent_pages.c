@@ -542,3 +542,85 @@ Test(agent_pages, a_numa_policy_of_fresh_memory_is_kept)
     cr_assert_eq(ram_add(&ram, at, HUGE_BYTES, 0, true, &other), 0);
     cr_assert(has_policy(at, "prefer"));
 }
+
+/* ---- huge pages ---- */
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+/* Fills an armed chunk anew, as one huge page. */
+static void fill_huge(uint32_t first, uint32_t first_content)
+{
+    cr_assert_eq(discard_pages(&ram, block, first, HUGE_PAGES, MADV_DONTNEED), 0);
+    fill_guest(first, HUGE_PAGES, first_content);
+    madvise(ram_address(block, first), HUGE_BYTES, MADV_COLLAPSE);
+    cr_assert_eq(remap_arm(&ram, block, first, HUGE_PAGES), 0);
+    block->chunks[ram_chunk_of(block, first)].state = CHUNK_ARMED;
+    ram_move_places(&ram, block, first, HUGE_PAGES, TRANSITION_POPULATE);
+    if (!freeze_is_huge(&ram, block, first))
+        cr_skip_test("this machine gives no huge page");
+}
+
+Test(agent_pages, a_huge_page_is_frozen_whole_and_what_differs_goes_back)
+{
+    uint8_t outcomes[HUGE_PAGES];
+
+    for (uint32_t round = 1; round <= 3; round++) {
+        fill_huge(1024, 1000);
+        if (round == 2) /* its page tables are in the way of the third, were they left there */
+            fill(ram_address(block, 1034), 7);
+        merge(1024, 0, HUGE_PAGES, outcomes);
+        cr_assert_eq(ram.huge_freezes, round);
+        for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+            bool other = round == 2 && i == 10;
+            cr_assert_eq(outcomes[i], other ? NOT_MERGED_MISMATCH : 0, "page %u: %u", i,
+                         outcomes[i]);
+            cr_assert_eq(ram_place(block, 1024 + i), other ? PLACE_PRIVATE : PLACE_SHARED);
+            cr_assert(holds(ram_address(block, 1024 + i), other ? 7 : 1000 + i));
+        }
+        assert_sums();
+    }
+}
+
+Test(agent_pages, a_huge_page_that_is_given_back_is_as_it_was)
+{
+    fill_huge(1024, 1000);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), HUGE_PAGES);
+    cr_assert(holds(freeze_bytes(&ram, 300), 1300));
+    cr_assert(!freeze_is_huge(&ram, block, 1024), "it has left a hole");
+    freeze_return(&ram, block, 1024, 0, HUGE_PAGES);
+    freeze_thaw(&ram, block, 1024, HUGE_PAGES);
+    cr_assert(freeze_is_huge(&ram, block, 1024), "it came back as it was");
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert(holds(ram_address(block, 1024 + i), 1000 + i));
+}
+
+Test(agent_pages, pages_that_follow_each_other_are_merged_wherever_they_are_in_the_store)
+{
+    uint32_t slots[40];
+    uint8_t outcomes[40];
+
+    for (uint32_t i = 0; i < 40; i++) {
+        slots[i] = SLOT(1, i < 20 ? 100 - i : 200 + i / 3);
+        fill(ram_address(block, 8 + i), 1000 + SLOT_PAGE(slots[i]) + (i == 30));
+    }
+    slots[35] = SLOT(9, 0); /* there is no such segment */
+    merge_scattered(&ram, &segments, block, 8, slots, 40, outcomes, &stats);
+    for (uint32_t i = 0; i < 40; i++) {
+        uint8_t want = i == 30 ? NOT_MERGED_MISMATCH : i == 35 ? NOT_MERGED_REFUSED : 0;
+        cr_assert_eq(outcomes[i], want, "page %u: %u", i, outcomes[i]);
+        cr_assert_eq(ram_place(block, 8 + i), want ? PLACE_PRIVATE : PLACE_SHARED);
+        if (!want)
+            cr_assert_eq(block->slots[8 + i], slots[i]);
+    }
+    for (uint32_t i = 0; i < 40; i++)
+        if (i != 35)
+            cr_assert(holds(ram_address(block, 8 + i), 1000 + SLOT_PAGE(slots[i]) + (i == 30)));
+    assert_sums();
+    fill(ram_address(block, 12), 1);
+    cr_assert_eq(ram_place(block, 12), PLACE_PRIVATE, "a write still breaks its share");
+    cr_assert_eq(ram_place(block, 11), PLACE_SHARED);
+}

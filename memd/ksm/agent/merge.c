@@ -54,6 +54,15 @@ static void protect(struct batch *batch, uint32_t i, uint32_t pages)
         batch->outcomes[k] = ram_captive(batch->block, batch->index + k) ? NOT_MERGED_GONE : 0;
 }
 
+/* What is to be mapped must be there: a hole that is protected looks as if a page that was written
+ * had been swapped out. The comparison has faulted it in, but a slot that another page of the batch
+ * was mapped to since is not there any more. */
+static void fault_in(const uint8_t *view, uint32_t pages)
+{
+    for (uint32_t i = 0; i < pages; i++)
+        (void)*(volatile const uint8_t *)(view + (size_t)i * PAGE_BYTES);
+}
+
 /* Maps pages from i on that are equal to the store's, run by run, and protects them together; or
  * gives them back. Returns how many. */
 static uint32_t map_equal(struct batch *batch, const bool *equal, uint32_t i, uint32_t frozen)
@@ -66,6 +75,7 @@ static uint32_t map_equal(struct batch *batch, const bool *equal, uint32_t i, ui
         run = 1;
         while (at + run < frozen && equal[at + run] && follows(batch->slots, at + run))
             run++;
+        fault_in(view_of(batch, at), run);
         r = remap_map(batch->block, batch->index + at, run, view_of(batch, at));
         if (r == 0) {
             batch->stats->vmas_added += 2;
