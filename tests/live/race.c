@@ -19,6 +19,7 @@
  * With --no-freeze pages are compared in place and mapped without having been frozen: the test then
  * has to find lost bytes.
  */
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -54,7 +55,9 @@ enum {
     PART_COUNT
 };
 #define PART_PAGES 1024U
-#define PAGES      (PART_COUNT * PART_PAGES)
+#define PAGES      8192U
+
+static_assert(PAGES == PART_COUNT * PART_PAGES, "each part has its pages");
 
 static const char *const part_names[PART_COUNT] = {"thread",  "thread",  "direct", "fixed",
                                                    "outside", "discard", "fork",   "huge"};

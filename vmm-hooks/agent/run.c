@@ -322,7 +322,7 @@ static void turn(struct memd_vm *vm)
     freeze_empty(&vm->ram);
     /* A pass at rest is short: its end is soon enough for memd to hear of it, at once of all. */
     if (vm->rpc.fd >= 0) {
-        if (wait > 0 || !vm->scanner.lazy)
+        if (wait > 0 || done > 0 || !vm->scanner.lazy)
             rpc_ring(&vm->rpc);
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;

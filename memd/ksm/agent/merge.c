@@ -190,7 +190,7 @@ void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_bl
                  uint32_t index, uint32_t slot, uint32_t pages, uint8_t *outcomes,
                  struct merge_stats *stats)
 {
-    uint32_t slots[HUGE_PAGES];
+    uint32_t slots[HUGE_PAGES] = {0};
 
     for (uint32_t done = 0, some; done < pages; done += some) {
         some = pages - done < HUGE_PAGES ? pages - done : (uint32_t)HUGE_PAGES;
