@@ -19,6 +19,12 @@
 #include "session.h"
 
 #define CONNECTIONS_MAX 4096U
+/* Of those that have said no HELLO yet (no token, so anybody's), who is not root has together, and
+ * each such user: nobody keeps the others' agents out. Hundreds of agents of one user that come at
+ * once, as after memd was restarted, are greeted in a few turns, and who finds no room comes again
+ * a second later. */
+#define STRANGERS       256U
+#define STRANGERS_A_UID 32U
 #define ACCEPT_TURN     16
 #define PERMILLE_LEAST  5U
 
@@ -57,10 +63,20 @@ void agents_tune(struct daemon *daemon)
     }
 }
 
-void agents_ask_report(struct guest *guest)
+bool agents_can_move(const struct session *session)
 {
-    if (guest->session && is_welcome(guest->session))
-        send_tune(guest->session, TUNE_REPORT);
+    return is_welcome(session) && session->features & FEATURE_MOVE;
+}
+
+int agents_give_mover(struct guest *guest, uint32_t role, int socket)
+{
+    struct message_mover message = {{MESSAGE_MOVER, sizeof(message)}, role, 0};
+
+    if (!guest->session || !is_welcome(guest->session))
+        return -ENOTCONN;
+    if (!agents_can_move(guest->session))
+        return -EOPNOTSUPP;
+    return session_send(guest->session, &message, sizeof(message), &socket, 1);
 }
 
 /* ---- HELLO ---- */
@@ -198,9 +214,10 @@ static int enter(struct session *session, struct guest *guest, const struct mess
     result = session_equip(session, domain, &ring_fd);
     if (result)
         return refuse(session, -result, "memd has no memory for one more agent");
-    session->features =
-        daemon->config.engine == SHARING_AGENT ? hello->features & FEATURE_SHARE : 0;
-    if (session->features)
+    session->features = hello->features & FEATURE_MOVE;
+    if (daemon->config.engine == SHARING_AGENT)
+        session->features |= hello->features & FEATURE_SHARE;
+    if (session->features & FEATURE_SHARE)
         daemon->agents.sharing++;
     adopt_threads(session, hello);
     session->state = hello->held ? SESSION_HOLDING : SESSION_SERVING;
@@ -484,6 +501,30 @@ static int handle_doorbell(struct session *session, const void *message, int *fd
     return 0;
 }
 
+/* As the fault handler's; the one before is as it was. */
+static int handle_urgent(struct session *session, const void *message, int *fds, char *words,
+                         size_t words_bytes)
+{
+    const struct message_urgent *urgent = message;
+    struct sched_param first = {.sched_priority = 1}, usual = {0};
+    pid_t tid = (pid_t)urgent->tid;
+
+    (void)fds;
+    (void)words;
+    (void)words_bytes;
+    if (session->urgent && host_process_has_thread(session->pid, session->urgent))
+        (void)sched_setscheduler(session->urgent, SCHED_OTHER, &usual);
+    session->urgent = tid > 0 && tid != session->handler && tid != session->scanner &&
+                              host_process_has_thread(session->pid, tid)
+                          ? tid
+                          : 0;
+    if (session->urgent &&
+        sched_setscheduler(session->urgent, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
+        log_detail("guest '%s': no real-time scheduling for the thread that answers faults (%s)",
+                   session->guest->name, strerror(errno));
+    return 0;
+}
+
 #define WELCOMED (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_SERVING) | IN_STATE(SESSION_LEAVING))
 
 #define FROM_BEFORE (IN_STATE(SESSION_HOLDING) | IN_STATE(SESSION_LEAVING))
@@ -498,6 +539,7 @@ const struct session_message session_messages[] = {
      handle_detached},
     {MESSAGE_STATS, sizeof(struct message_stats), WELCOMED, 0, false, handle_stats},
     {MESSAGE_DOORBELL, sizeof(struct message_plain), WELCOMED, 0, false, handle_doorbell},
+    {MESSAGE_URGENT, sizeof(struct message_urgent), WELCOMED, 0, false, handle_urgent},
     {MESSAGE_HELD, sizeof(struct message_segment), FROM_BEFORE, 1, false, handle_held},
     {MESSAGE_HELD_END, sizeof(struct message_plain), FROM_BEFORE, 0, true, handle_held_end},
 };
@@ -589,11 +631,6 @@ void agents_forget_guest(struct session *session)
         session_end(session, "its guest has gone", false);
 }
 
-uint32_t agents_pending(const struct session *session)
-{
-    return session->pending_count;
-}
-
 bool agents_is_leaving(const struct session *session)
 {
     return session->state == SESSION_LEAVING;
@@ -606,14 +643,53 @@ struct ksm_member *agents_member(const struct session *session)
 
 /* ---- the listener ---- */
 
+static bool has_room(const struct daemon *daemon, uid_t uid)
+{
+    uint32_t all = 0, own = 0;
+
+    if (daemon->agents.count >= CONNECTIONS_MAX)
+        return false;
+    if (uid == 0 || uid == geteuid())
+        return true;
+    for (const struct session *other = daemon->agents.first; other; other = other->next) {
+        bool stranger =
+            other->state == SESSION_GREETING && other->uid != 0 && other->uid != geteuid();
+        all += stranger;
+        own += stranger && other->uid == uid;
+    }
+    return all < STRANGERS && own < STRANGERS_A_UID;
+}
+
+/* Said once in the time that a connection may be silent: who is turned away comes again. */
+static void turn_away(struct daemon *daemon, int fd, uid_t uid)
+{
+    struct agents *agents = &daemon->agents;
+    struct message_words words = {
+        {MESSAGE_REFUSED, sizeof(words)}, EAGAIN, 0, "too many connections of this user are open"};
+
+    if (agents->turned_away == 0 ||
+        loop_now(&daemon->loop) - agents->turned_away_ns >= SESSION_GREETING_NS) {
+        log_warning("connections of uid %d to the agents' socket are turned away: %u are open, and "
+                    "too many of them say no HELLO",
+                    (int)uid, agents->count);
+        agents->turned_away_ns = loop_now(&daemon->loop);
+    }
+    agents->turned_away++;
+    (void)send(fd, &words, sizeof(words), MSG_DONTWAIT | MSG_NOSIGNAL);
+    close(fd);
+}
+
 static void accept_one(struct daemon *daemon, int fd)
 {
     uid_t uid;
     pid_t pid;
 
-    if (daemon->agents.count >= CONNECTIONS_MAX || host_peer(fd, &uid, &pid) ||
-        session_start(daemon, fd, uid, pid)) {
-        log_warning("an agent's connection was not taken: %u are open", daemon->agents.count);
+    if (host_peer(fd, &uid, &pid)) {
+        close(fd);
+    } else if (!has_room(daemon, uid)) {
+        turn_away(daemon, fd, uid);
+    } else if (session_start(daemon, fd, uid, pid)) {
+        log_warning("an agent's connection was not taken: no memory");
         close(fd);
     }
 }

@@ -19,6 +19,8 @@ struct agents {
     uint32_t sharing; /* of those: welcomed, with FEATURE_SHARE */
     int userfaultfd;  /* /dev/userfaultfd, or -1 */
     uint64_t ended_badly;
+    uint64_t turned_away; /* connections for which there was no room */
+    uint64_t turned_away_ns;
 };
 
 int agents_start(struct daemon *daemon);
@@ -34,8 +36,12 @@ void agents_reload(struct daemon *daemon, const struct config *old);
 /* Makes every page of the guest private. rejoin: it says hello again afterwards (another domain).
  */
 int agents_detach(struct guest *guest, bool rejoin, const char *words);
-/* Asks for fresh STATS. */
-void agents_ask_report(struct guest *guest);
+
+/* Can the agent move its guest? */
+bool agents_can_move(const struct session *session);
+/* Gives the agent the socket of a mover (enum mover_role); it stays the caller's, too. -ENOTCONN,
+ * -EOPNOTSUPP. */
+int agents_give_mover(struct guest *guest, uint32_t role, int socket);
 
 /* DETACHED came: ends the session; the guest rejoins or is forgotten. */
 void agents_detached(struct session *session);
@@ -49,8 +55,6 @@ void agents_let_go(struct session *session);
 void agents_forget_guest(struct session *session);
 /* CPU time of the agent's two threads since memd knows them. */
 uint64_t agents_cpu_ns(struct session *session);
-/* Entries that wait for room in the ring. */
-uint32_t agents_pending(const struct session *session);
 bool agents_is_leaving(const struct session *session);
 struct ksm_member *agents_member(const struct session *session);
 

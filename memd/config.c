@@ -14,6 +14,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
+
+#include "procfs.h"
+
+#define INIH_SECTION_CHARS 49 /* MAX_SECTION in its ini.c, less the end mark */
 
 enum kind {
     KIND_SIZE,
@@ -39,7 +44,7 @@ struct key {
     }
 
 static const struct key keys[] = {
-    KEY("host", "budget", KIND_SIZE, budget_bytes, 0, 0),
+    KEY("host", "budget", KIND_SIZE, budget_bytes, 1, 0),
     KEY("host", "reserve", KIND_SIZE, reserve_bytes, 0, 0),
     KEY("host", "socket", KIND_PATH, socket, 0, 0),
     KEY("host", "state_dir", KIND_PATH, state_dir, 0, 0),
@@ -47,7 +52,7 @@ static const struct key keys[] = {
     KEY("sharing", "engine", KIND_ENGINE, engine, 0, 0),
     KEY("sharing", "revisit_s", KIND_SECONDS, revisit_s, 0.01, 86400),
     KEY("sharing", "cpu_percent", KIND_PERCENT, cpu_percent, 1, 100000),
-    KEY("store", "budget", KIND_SIZE, store_budget_bytes, 0, 0),
+    KEY("store", "budget", KIND_SIZE, store_budget_bytes, 1, 0),
     KEY("vault", "budget", KIND_SIZE, vault_budget_bytes, 0, 0),
     KEY("vault", "spill_path", KIND_PATH, spill_path, 0, 0),
     KEY("vault", "spill_budget", KIND_SIZE, spill_budget_bytes, 0, 0),
@@ -67,44 +72,73 @@ struct parse {
     const char *path;
     FILE *file;
     int line;
+    char section[INI_MAX_LINE]; /* the one that the lines are in */
     struct config config;
-    bool seen[KEY_COUNT];
-    char *error; /* the first mistake; "" until then */
+    int lines[KEY_COUNT]; /* where each was given; 0: not yet */
+    char *error;          /* the first mistake; "" until then */
 };
+
+/* "FILE:LINE: words" into `text`, unless something is there already. */
+static void __attribute__((format(printf, 3, 0)))
+note(const struct parse *parse, char *text, const char *format, va_list arguments)
+{
+    int used;
+
+    if (text[0])
+        return;
+    used = snprintf(text, CONFIG_ERROR_BYTES, "%s:%d: ", parse->path, parse->line);
+    if (used > 0 && used < CONFIG_ERROR_BYTES)
+        vsnprintf(text + used, CONFIG_ERROR_BYTES - (size_t)used, format, arguments);
+}
 
 static int __attribute__((format(printf, 2, 3))) fail(struct parse *parse, const char *format, ...)
 {
     va_list arguments;
-    int used;
 
-    if (parse->error[0])
-        return 0;
-    used = snprintf(parse->error, CONFIG_ERROR_BYTES, "%s:%d: ", parse->path, parse->line);
-    if (used < 0 || used >= CONFIG_ERROR_BYTES)
-        return 0;
     va_start(arguments, format);
-    vsnprintf(parse->error + used, CONFIG_ERROR_BYTES - (size_t)used, format, arguments);
+    note(parse, parse->error, format, arguments);
     va_end(arguments);
     return 0;
 }
 
+/* What can't be meant on this host, and could on another, or tomorrow. */
+static void __attribute__((format(printf, 2, 3)))
+doubt(struct parse *parse, const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    note(parse, parse->config.doubt, format, arguments);
+    va_end(arguments);
+}
+
 static bool section_is_known(const char *section);
 static const char *named_section(const char *section, const char *word);
+static struct config_domain *domain_of(struct parse *parse, const char *name);
+
+/* A section in which nothing is said is a domain or a guest all the same. */
+static bool name_is_good(struct parse *parse, const char *section)
+{
+    const char *domain = named_section(section, "domain"), *guest = named_section(section, "guest");
+
+    if (!domain && !guest)
+        fail(parse, "there is no section [%s]; memd.conf(5) lists them", section);
+    else if (!config_name_is_good(domain ? domain : guest))
+        fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63", section);
+    else if (domain && !domain_of(parse, domain))
+        fail(parse, "out of memory");
+    return !parse->error[0];
+}
 
 /* inih says nothing about a section without keys, so sections are looked at here. */
 static bool section_is_good(struct parse *parse, const char *line)
 {
     const char *end = strchr(line, ']');
-    char section[INI_MAX_LINE];
 
-    if (line[0] != '[' || !end || (size_t)(end - line) > sizeof(section))
+    if (line[0] != '[' || !end || (size_t)(end - line) > sizeof(parse->section))
         return true;
-    snprintf(section, sizeof(section), "%.*s", (int)(end - line - 1), line + 1);
-    if (section_is_known(section) || named_section(section, "domain") ||
-        named_section(section, "guest"))
-        return true;
-    fail(parse, "there is no section [%s]; memd.conf(5) lists them", section);
-    return false;
+    snprintf(parse->section, sizeof(parse->section), "%.*s", (int)(end - line - 1), line + 1);
+    return section_is_known(parse->section) || name_is_good(parse, parse->section);
 }
 
 /* inih's own buffer has 200 bytes and cuts what is longer into two lines that mean something else.
@@ -243,19 +277,29 @@ static int set_yes_no(struct parse *parse, const struct key *key, const char *va
     return 1;
 }
 
+static int set_size(struct parse *parse, const struct key *key, const char *value)
+{
+    uint64_t *place = (uint64_t *)(void *)((char *)&parse->config + key->offset);
+
+    if (!config_size_parse(value, place))
+        return fail(parse, "%s = %s: give a size, as 4096, 512M or 2G", key->name, value);
+    if ((double)*place < key->least)
+        return fail(parse, "%s = %s: give more than nothing, or leave the line out for the default",
+                    key->name, value);
+    return 1;
+}
+
 static int set_number(struct parse *parse, const struct key *key, const char *value)
 {
     char *place = (char *)&parse->config + key->offset;
-    double number;
+    double number, host = 100.0 * (double)sysconf(_SC_NPROCESSORS_ONLN);
 
-    if (key->kind == KIND_SIZE) {
-        if (!config_size_parse(value, (uint64_t *)(void *)place))
-            return fail(parse, "%s = %s: give a size, as 4096, 512M or 2G", key->name, value);
-        return 1;
-    }
     if (!parse_decimal(value, key->least, key->most, &number))
         return fail(parse, "%s = %s: give a number from %g to %g", key->name, value, key->least,
                     key->most);
+    if (key->kind == KIND_PERCENT && number > host)
+        doubt(parse, "%s = %s is more than this host's CPUs have: give a number from %g to %g",
+              key->name, value, key->least, host);
     if (key->kind == KIND_SECONDS)
         *(double *)(void *)place = number;
     else
@@ -267,16 +311,17 @@ static int set_key(struct parse *parse, size_t index, const char *value)
 {
     const struct key *key = &keys[index];
 
-    if (parse->seen[index])
-        return fail(parse, "%s is given twice; keep one", key->name);
-    parse->seen[index] = true;
+    if (parse->lines[index])
+        return fail(parse, "%s is given twice, in line %d and here; keep one", key->name,
+                    parse->lines[index]);
+    parse->lines[index] = parse->line;
     parse->config.vault_set |= strcmp(key->section, "vault") == 0;
-    parse->config.migration_set |= strcmp(key->section, "migration") == 0;
     switch (key->kind) {
     case KIND_PATH:
     case KIND_ADDRESS: return set_word(parse, key, value);
     case KIND_ENGINE: return set_engine(parse, key, value);
     case KIND_YESNO: return set_yes_no(parse, key, value);
+    case KIND_SIZE: return set_size(parse, key, value);
     default: return set_number(parse, key, value);
     }
 }
@@ -327,7 +372,10 @@ static int add_uid(struct parse *parse, struct config_domain *domain, const char
 
     if (!user && (!config_size_parse(word, &uid) || uid >= UINT32_MAX ||
                   !isdigit((unsigned char)word[strlen(word) - 1])))
-        return fail(parse, "uids: '%s' is neither a number nor a user of this host", word);
+        return fail(parse,
+                    "uids: '%s' is neither a number nor a user of this host; 'getent passwd' lists "
+                    "these",
+                    word);
     uids = realloc(domain->uids, (domain->uid_count + 1) * sizeof(*uids));
     if (!uids)
         return fail(parse, "out of memory");
@@ -339,9 +387,17 @@ static int add_uid(struct parse *parse, struct config_domain *domain, const char
 static int add_neutral(struct parse *parse, struct config_domain *domain, const char *word)
 {
     char **files, *copy;
+    struct stat st;
 
     if (word[0] != '/')
         return fail(parse, "neutral: '%s' is no absolute path", word);
+    if (stat(word, &st) || access(word, R_OK))
+        doubt(parse,
+              "neutral: '%s' can't be read (%s), so nothing in it counts as neutral; put it "
+              "there, or correct the path",
+              word, strerror(errno));
+    else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        doubt(parse, "neutral: '%s' is neither a file nor a disk; name an image", word);
     copy = strdup(word);
     files = realloc(domain->neutral, (domain->neutral_count + 1) * sizeof(*files));
     if (files)
@@ -387,6 +443,69 @@ static int set_guest_size(struct parse *parse, const char *key, const char *valu
     return 1;
 }
 
+static int add_incoming(struct parse *parse, struct config_guest *guest, const char *word,
+                        size_t length)
+{
+    char **words = realloc(guest->incoming, (guest->incoming_count + 2) * sizeof(*words));
+    char *copy = strndup(word, length);
+
+    if (words)
+        guest->incoming = words;
+    if (!words || !copy) {
+        free(copy);
+        return fail(parse, "out of memory");
+    }
+    words[guest->incoming_count++] = copy;
+    words[guest->incoming_count] = NULL;
+    return 1;
+}
+
+/* Words between blanks; one in double quotes may have blanks. Nothing else means anything: no shell
+ * sees them. Called again for each indented line. */
+static int set_incoming(struct parse *parse, struct config_guest *guest, const char *value)
+{
+    for (const char *at = value + strspn(value, " \t"); *at; at += strspn(at, " \t")) {
+        bool quoted = *at == '"';
+        size_t length = quoted ? strcspn(++at, "\"") : strcspn(at, " \t");
+
+        if (quoted && !at[length])
+            return fail(parse, "incoming: a double quote is not closed in this line");
+        if (!guest->incoming_count && *at != '/')
+            return fail(parse, "incoming: '%s' does not begin with the absolute path of a VMM",
+                        value);
+        if (!add_incoming(parse, guest, at, length))
+            return 0;
+        at += length + quoted;
+    }
+    return 1;
+}
+
+static int set_incoming_user(struct parse *parse, struct config_guest *guest, const char *word)
+{
+    const struct passwd *user = getpwnam(word);
+    uint64_t uid;
+
+    if (guest->has_incoming_uid)
+        return fail(parse, "incoming_user is given twice; keep one");
+    if (!user && (!config_size_parse(word, &uid) || uid >= UINT32_MAX ||
+                  !isdigit((unsigned char)word[strlen(word) - 1])))
+        return fail(parse, "incoming_user: '%s' is neither a number nor a user of this host", word);
+    guest->incoming_uid = user ? user->pw_uid : (uid_t)uid;
+    guest->has_incoming_uid = true;
+    return 1;
+}
+
+/* Checked at once where the section says both, so that the line is that of the second one. */
+static int check_guest_sizes(struct parse *parse, const struct config_guest *guest)
+{
+    if (guest->has_min && guest->has_max && guest->min_bytes > guest->max_bytes)
+        return fail(parse,
+                    "[guest %s]: min is more than max; a guest can't be guaranteed more than it is "
+                    "promised",
+                    guest->name);
+    return 1;
+}
+
 static int set_guest(struct parse *parse, const char *name, const char *key, const char *value)
 {
     struct config_guest *guest = guest_of(parse, name);
@@ -395,9 +514,11 @@ static int set_guest(struct parse *parse, const char *name, const char *key, con
     if (!guest)
         return fail(parse, "out of memory");
     if (strcmp(key, "max") == 0)
-        return set_guest_size(parse, key, value, &guest->max_bytes, &guest->has_max);
+        return set_guest_size(parse, key, value, &guest->max_bytes, &guest->has_max) &&
+               check_guest_sizes(parse, guest);
     if (strcmp(key, "min") == 0)
-        return set_guest_size(parse, key, value, &guest->min_bytes, &guest->has_min);
+        return set_guest_size(parse, key, value, &guest->min_bytes, &guest->has_min) &&
+               check_guest_sizes(parse, guest);
     if (strcmp(key, "shares") == 0) {
         if (guest->has_shares || !parse_decimal(value, 1, 1000000, &shares))
             return fail(parse, "shares = %s: give one number from 1 to 1000000", value);
@@ -410,9 +531,16 @@ static int set_guest(struct parse *parse, const char *name, const char *key, con
             return fail(parse, "domain = %s: give the name of one [domain NAME]", value);
         strcpy(guest->domain, value);
         guest->has_domain = true;
+        guest->domain_line = parse->line;
         return 1;
     }
-    return fail(parse, "a guest has no '%s'; it has max, min, shares and domain", key);
+    if (strcmp(key, "incoming") == 0)
+        return set_incoming(parse, guest, value);
+    if (strcmp(key, "incoming_user") == 0)
+        return set_incoming_user(parse, guest, value);
+    return fail(parse,
+                "a guest has no '%s'; it has max, min, shares, domain, incoming and incoming_user",
+                key);
 }
 
 /* "domain web" into "web"; NULL when the section is no such thing. */
@@ -435,15 +563,28 @@ static bool section_is_known(const char *section)
     return false;
 }
 
+/* inih cuts the name of a section to 49 characters, and ours may have more. */
+static const char *whole_section(const struct parse *parse, const char *cut)
+{
+    size_t length = strlen(cut);
+
+    return length >= INIH_SECTION_CHARS && strncmp(parse->section, cut, length) == 0
+               ? parse->section
+               : cut;
+}
+
 /* inih's handler: 1 goes on, 0 is a mistake. */
-static int take_line(void *user, const char *section, const char *name, const char *value)
+static int take_line(void *user, const char *cut, const char *name, const char *value)
 {
     struct parse *parse = user;
+    const char *section = whole_section(parse, cut);
     const char *of_domain = named_section(section, "domain");
     const char *of_guest = named_section(section, "guest");
 
     if (parse->error[0])
         return 0;
+    if (strstr(value, " #") || strstr(value, "\t#") || value[0] == '#')
+        return fail(parse, "%s: a comment that begins with '#' needs a line of its own", name);
     if (of_domain || of_guest) {
         if (!config_name_is_good(of_domain ? of_domain : of_guest))
             return fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63",
@@ -478,17 +619,66 @@ static bool guests_domains_exist(struct parse *parse)
     for (size_t i = 0; i < parse->config.guest_count; i++) {
         const struct config_guest *guest = &parse->config.guests[i];
 
-        if (guest->has_domain && !config_domain_find(&parse->config, guest->domain)) {
-            fail(parse, "[guest %s]: there is no [domain %s]; add it with its uids", guest->name,
-                 guest->domain);
+        if (guest->incoming_count && (!guest->has_max || !guest->has_incoming_uid)) {
+            fail(parse, "[guest %s]: incoming needs max and incoming_user with it", guest->name);
             return false;
         }
-        if (guest->has_min && guest->has_max && guest->min_bytes > guest->max_bytes) {
-            fail(parse, "[guest %s]: min is more than max", guest->name);
-            return false;
-        }
+        if (!guest->has_domain || config_domain_find(&parse->config, guest->domain))
+            continue;
+        parse->line = guest->domain_line;
+        fail(parse, "[guest %s]: there is no [domain %s]; add it with its uids", guest->name,
+             guest->domain);
+        return false;
     }
     return true;
+}
+
+/* Who takes guests from other hosts says how they prove who they are. */
+static bool migration_is_safe(struct parse *parse)
+{
+    const struct config *config = &parse->config;
+    bool some = config->tls_cert[0] || config->tls_key[0] || config->tls_ca[0];
+    bool all = config->tls_cert[0] && config->tls_key[0] && config->tls_ca[0];
+
+    if ((some && !all) || (config->migration_listen[0] && !all && !config->plain)) {
+        fail(parse, "[migration]: give tls_cert, tls_key and tls_ca, all three (or plain = yes, "
+                    "where everybody on the network may read and change your guests)");
+        return false;
+    }
+    return true;
+}
+
+/* The line of a key that was given. */
+static int line_of(const struct parse *parse, const char *section, const char *name)
+{
+    for (size_t i = 0; i < KEY_COUNT; i++) {
+        if (strcmp(keys[i].section, section) == 0 && strcmp(keys[i].name, name) == 0)
+            return parse->lines[i];
+    }
+    return 0;
+}
+
+/* A budget that this host can't have. */
+static void doubt_sizes(struct parse *parse)
+{
+    const struct config *config = &parse->config;
+    uint64_t memory = procfs_host_memory_bytes();
+    unsigned long long mib = (unsigned long long)memory >> 20;
+
+    if (config->budget_bytes > memory) {
+        parse->line = line_of(parse, "host", "budget");
+        doubt(parse, "[host] budget is more than the %llu MiB that this host has; give less", mib);
+    } else if (!config->budget_bytes && config->reserve_bytes >= memory) {
+        parse->line = line_of(parse, "host", "reserve");
+        doubt(parse,
+              "[host] reserve leaves nothing of the %llu MiB that this host has; give less, or "
+              "give a budget",
+              mib);
+    }
+    if (config->store_budget_bytes > memory) {
+        parse->line = line_of(parse, "store", "budget");
+        doubt(parse, "[store] budget is more than the %llu MiB that this host has; give less", mib);
+    }
 }
 
 int config_load(const char *path, struct config *ret_config, char *error)
@@ -516,12 +706,31 @@ int config_load(const char *path, struct config *ret_config, char *error)
         parse.line = bad_line;
         fail(&parse, "neither [section] nor key = value");
     }
-    if (error[0] || !guests_domains_exist(&parse)) {
+    if (error[0] || !guests_domains_exist(&parse) || !migration_is_safe(&parse)) {
         config_free(&parse.config);
         return -EINVAL;
     }
+    doubt_sizes(&parse);
     *ret_config = parse.config;
     return 0;
+}
+
+void config_say_what_waits(const struct config *config, void (*say)(const char *words))
+{
+    bool promised = false, weighed = false;
+
+    for (size_t i = 0; i < config->guest_count; i++) {
+        promised |= config->guests[i].has_max;
+        weighed |= config->guests[i].has_shares;
+    }
+    if (config->vault_set)
+        say("[vault] has no effect: this version of memd evicts nothing yet");
+    if (promised)
+        say("max of a guest is what it is counted with; this version of memd does not keep a guest "
+            "below it yet");
+    if (weighed)
+        say("shares of a guest have no effect: this version of memd takes memory from no guest "
+            "yet");
 }
 
 void config_free(struct config *config)
@@ -533,6 +742,11 @@ void config_free(struct config *config)
             free(domain->neutral[file]);
         free(domain->neutral);
         free(domain->uids);
+    }
+    for (size_t i = 0; i < config->guest_count; i++) {
+        for (size_t word = 0; word < config->guests[i].incoming_count; word++)
+            free(config->guests[i].incoming[word]);
+        free(config->guests[i].incoming);
     }
     free(config->domains);
     free(config->guests);

@@ -36,6 +36,13 @@ struct config_guest {
     uint32_t shares;
     char domain[NAME_BYTES];
     bool has_max, has_min, has_shares, has_domain;
+    int domain_line;
+    /* What is started when a guest of this name arrives: words, NULL behind the last; and as whom.
+     */
+    char **incoming;
+    size_t incoming_count;
+    uid_t incoming_uid;
+    bool has_incoming_uid;
 };
 
 struct config {
@@ -60,7 +67,6 @@ struct config {
     uint64_t migration_bandwidth_bytes; /* a second */
     char tls_cert[CONFIG_WORD_BYTES], tls_key[CONFIG_WORD_BYTES], tls_ca[CONFIG_WORD_BYTES];
     bool plain;
-    bool migration_set;
     /* [metrics]; empty: on the control socket only */
     char metrics_listen[CONFIG_WORD_BYTES];
 
@@ -68,6 +74,10 @@ struct config {
     size_t domain_count;
     struct config_guest *guests;
     size_t guest_count;
+
+    /* The first value that is sound and can't be meant on this host (a file that is not there, more
+     * than all memory), with file, line and what to do; "": none. */
+    char doubt[CONFIG_ERROR_BYTES];
 };
 
 /* What holds where nothing is said. */
@@ -77,6 +87,8 @@ void config_defaults(struct config *config);
  * -EINVAL or the errno of reading it, and then words for people in error[CONFIG_ERROR_BYTES]. */
 int config_load(const char *path, struct config *ret_config, char *error);
 void config_free(struct config *config);
+/* Calls `say` for each thing that the file says and that this version of memd does not do yet. */
+void config_say_what_waits(const struct config *config, void (*say)(const char *words));
 
 const struct config_domain *config_domain_find(const struct config *config, const char *name);
 const struct config_guest *config_guest_find(const struct config *config, const char *name);

@@ -100,7 +100,8 @@ struct request {
 enum right { RIGHT_OPERATOR, RIGHT_OWNER, RIGHT_ANYBODY };
 
 struct route {
-    const char *method, *path; /* a path that ends with a slash is followed by a guest's name */
+    const char *method, *path; /* a path that ends with a slash is followed by a guest's name... */
+    const char *tail;          /* ...and that by this */
     enum right right;
     bool samples; /* wants fresh PSS first */
     enum MHD_Result (*handle)(struct request *request);
@@ -240,9 +241,9 @@ static bool read_size(const json_t *value, uint64_t *ret_bytes)
     return true;
 }
 
-static bool read_wish_member(const char *key, const json_t *value, struct guest_wish *wish,
-                             bool *ret_good)
+static bool read_wish_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
+    struct guest_wish *wish = into;
     json_int_t shares = json_integer_value(value);
     const char *domain = json_string_value(value);
 
@@ -273,9 +274,9 @@ static bool copy_word(const json_t *value, char *into, size_t bytes)
     return true;
 }
 
-static bool read_request_member(const char *key, const json_t *value, struct guest_request *asked,
-                                bool *ret_good)
+static bool read_request_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
+    struct guest_request *asked = into;
     const char *word = json_string_value(value);
 
     if (read_wish_member(key, value, &asked->wish, ret_good))
@@ -296,6 +297,9 @@ static bool read_request_member(const char *key, const json_t *value, struct gue
     } else if (strcmp(key, "engine") == 0) {
         *ret_good = word && (strcmp(word, "agent") == 0 || strcmp(word, "kernel") == 0);
         asked->engine = *ret_good && word[0] == 'k' ? ENGINE_KERNEL : ENGINE_AGENT;
+    } else if (strcmp(key, "daemonizes") == 0) {
+        *ret_good = json_is_boolean(value);
+        asked->daemonizes = json_is_true(value);
     } else {
         return false;
     }
@@ -317,8 +321,12 @@ static json_t *read_body(const struct request *request, char *words)
     return json;
 }
 
-static int read_registration(const struct request *request, struct guest_request *asked,
-                             char *words)
+/* Each member of the body by `read`, which answers false for one that it does not know (`unknown`
+ * says so) and sets *ret_good to false for a value that can't be. */
+static int read_members(const struct request *request,
+                        bool (*read)(const char *key, const json_t *value, void *asked,
+                                     bool *ret_good),
+                        void *asked, const char *unknown, char *words)
 {
     json_t *json = read_body(request, words), *value;
     const char *key;
@@ -330,15 +338,19 @@ static int read_registration(const struct request *request, struct guest_request
 
         if (result)
             break;
-        if (!read_request_member(key, value, asked, &good)) {
-            snprintf(words, WORDS, "'%s' is not known here", key);
-            result = -EINVAL;
-        } else if (!good) {
-            snprintf(words, WORDS, "'%s' has a value that can't be", key);
-            result = -EINVAL;
-        }
+        result = read(key, value, asked, &good) && good ? 0 : -EINVAL;
+        if (result)
+            snprintf(words, WORDS, "'%s' %s", key, good ? unknown : "has a value that can't be");
     }
     json_decref(json);
+    return result;
+}
+
+static int read_registration(const struct request *request, struct guest_request *asked,
+                             char *words)
+{
+    int result = read_members(request, read_request_member, asked, "is not known here", words);
+
     if (!result && (!asked->name[0] || !asked->pid || !asked->wish.has_max)) {
         snprintf(words, WORDS, "name, pid and max_bytes have to be given");
         result = -EINVAL;
@@ -348,26 +360,9 @@ static int read_registration(const struct request *request, struct guest_request
 
 static int read_wish(const struct request *request, struct guest_wish *wish, char *words)
 {
-    json_t *json = read_body(request, words), *value;
-    const char *key;
-    int result = json ? 0 : -EINVAL;
+    int result = read_members(request, read_wish_member, wish,
+                              "can't be set; max_bytes, min_bytes, shares and domain can", words);
 
-    json_object_foreach(json, key, value)
-    {
-        bool good = true;
-
-        if (result)
-            break;
-        if (!read_wish_member(key, value, wish, &good)) {
-            snprintf(words, WORDS, "'%s' can't be set; max_bytes, min_bytes, shares and domain can",
-                     key);
-            result = -EINVAL;
-        } else if (!good) {
-            snprintf(words, WORDS, "'%s' has a value that can't be", key);
-            result = -EINVAL;
-        }
-    }
-    json_decref(json);
     return result;
 }
 
@@ -527,6 +522,89 @@ void control_detached(struct daemon *daemon, const char *name, bool done)
     }
 }
 
+/* ---- migrations ---- */
+
+static bool read_migration_member(const char *key, const json_t *value, void *into, bool *ret_good)
+{
+    struct migration_request *asked = into;
+    char host[CONFIG_WORD_BYTES];
+    uint16_t port;
+
+    if (strcmp(key, "to") == 0) {
+        *ret_good = copy_word(value, asked->to, sizeof(asked->to)) &&
+                    config_address_split(asked->to, host, sizeof(host), &port) && port > 0;
+    } else if (strcmp(key, "precopy_only") == 0) {
+        *ret_good = json_is_boolean(value);
+        asked->precopy_only = json_is_true(value);
+    } else if (strcmp(key, "postcopy_only") == 0) {
+        *ret_good = json_is_boolean(value);
+        asked->postcopy_only = json_is_true(value);
+    } else if (strcmp(key, "bandwidth_bytes") == 0) {
+        *ret_good = read_size(value, &asked->bandwidth_bytes) && asked->bandwidth_bytes > 0;
+    } else {
+        return false;
+    }
+    return true;
+}
+
+static int read_migration(const struct request *request, struct migration_request *asked,
+                          char *words)
+{
+    int result = read_members(request, read_migration_member, asked, "is not known here", words);
+
+    if (!result && !asked->to[0]) {
+        snprintf(words, WORDS, "'to' has to be given, as HOST:PORT");
+        result = -EINVAL;
+    }
+    if (!result && asked->precopy_only && asked->postcopy_only) {
+        snprintf(words, WORDS, "precopy_only and postcopy_only exclude each other");
+        result = -EINVAL;
+    }
+    return result;
+}
+
+static enum MHD_Result post_migrate(struct request *request)
+{
+    struct guest *guest = named_guest(request);
+    struct migration_request asked = {.to = ""};
+    char words[WORDS] = "";
+    int result;
+
+    if (!guest)
+        return answer_no_guest(request);
+    result = read_migration(request, &asked, words);
+    if (!result)
+        result = migration_begin(guest, &asked, words, sizeof(words));
+    if (result)
+        return answer_error(request, result == -EBUSY ? MHD_HTTP_CONFLICT : status_of(result),
+                            words);
+    return answer(request, MHD_HTTP_ACCEPTED,
+                  migration_status(request->control->daemon, request->name));
+}
+
+static enum MHD_Result get_migrate(struct request *request)
+{
+    json_t *json = migration_status(request->control->daemon, request->name);
+    char words[WORDS];
+
+    if (json)
+        return answer(request, MHD_HTTP_OK, json);
+    snprintf(words, sizeof(words), "no guest '%s' has moved from or to this host", request->name);
+    return answer_error(request, MHD_HTTP_NOT_FOUND, words);
+}
+
+static enum MHD_Result delete_migrate(struct request *request)
+{
+    char words[WORDS] = "";
+    int result = migration_cancel(request->control->daemon, request->name, words, sizeof(words));
+
+    if (result)
+        return answer_error(request, result == -ENOENT ? MHD_HTTP_NOT_FOUND : MHD_HTTP_CONFLICT,
+                            words);
+    return answer(request, MHD_HTTP_ACCEPTED,
+                  migration_status(request->control->daemon, request->name));
+}
+
 /* ---- GET /v1/events ---- */
 
 static ssize_t read_events(void *cls, uint64_t position, char *into, size_t bytes)
@@ -593,27 +671,38 @@ static enum MHD_Result get_events(struct request *request)
 /* ---- routes ---- */
 
 static const struct route routes[] = {
-    {"GET", "/v1/status", RIGHT_OPERATOR, true, get_status},
-    {"GET", "/v1/guests/", RIGHT_OWNER, true, get_guest},
-    {"POST", "/v1/guests", RIGHT_OPERATOR, false, post_guest},
-    {"PATCH", "/v1/guests/", RIGHT_OPERATOR, false, patch_guest},
-    {"DELETE", "/v1/guests/", RIGHT_OPERATOR, false, delete_guest},
-    {"GET", "/v1/events", RIGHT_OPERATOR, false, get_events},
-    {"GET", "/metrics", RIGHT_OPERATOR, true, get_metrics},
+    {"GET", "/v1/status", "", RIGHT_OPERATOR, true, get_status},
+    {"GET", "/v1/guests/", "", RIGHT_OWNER, true, get_guest},
+    {"POST", "/v1/guests", "", RIGHT_OPERATOR, false, post_guest},
+    {"PATCH", "/v1/guests/", "", RIGHT_OPERATOR, false, patch_guest},
+    {"DELETE", "/v1/guests/", "", RIGHT_OPERATOR, false, delete_guest},
+    {"POST", "/v1/guests/", "/migrate", RIGHT_OPERATOR, false, post_migrate},
+    {"GET", "/v1/guests/", "/migrate", RIGHT_OPERATOR, false, get_migrate},
+    {"DELETE", "/v1/guests/", "/migrate", RIGHT_OPERATOR, false, delete_migrate},
+    {"GET", "/v1/events", "", RIGHT_OPERATOR, false, get_events},
+    {"GET", "/metrics", "", RIGHT_OPERATOR, true, get_metrics},
 };
 
 /* What the second listener serves, to whoever reaches it: the operator chose where it listens. */
-static const struct route metrics_route = {"GET", "/metrics", RIGHT_ANYBODY, true, get_metrics};
+static const struct route metrics_route = {"GET", "/metrics", "", RIGHT_ANYBODY, true, get_metrics};
 
 static bool path_fits(const struct route *route, const char *url, char *ret_name)
 {
-    size_t length = strlen(route->path);
+    size_t length = strlen(route->path), tail = strlen(route->tail), rest;
+    char name[NAME_BYTES];
 
     if (route->path[length - 1] != '/')
         return strcmp(url, route->path) == 0;
-    if (strncmp(url, route->path, length) != 0 || !config_name_is_good(url + length))
+    if (strncmp(url, route->path, length) != 0)
         return false;
-    strcpy(ret_name, url + length);
+    rest = strlen(url + length);
+    if (rest < tail || rest - tail >= sizeof(name) ||
+        strcmp(url + length + rest - tail, route->tail) != 0)
+        return false;
+    snprintf(name, sizeof(name), "%.*s", (int)(rest - tail), url + length);
+    if (!config_name_is_good(name))
+        return false;
+    strcpy(ret_name, name);
     return true;
 }
 
@@ -990,7 +1079,7 @@ static int listen_unix(const struct control *control, const char *path)
     return fd;
 }
 
-static int listen_tcp(const char *where)
+int control_listen_tcp(const char *where)
 {
     char host[CONFIG_WORD_BYTES], port_text[8];
     struct addrinfo hints = {.ai_flags = AI_PASSIVE, .ai_socktype = SOCK_STREAM}, *found;
@@ -1025,7 +1114,7 @@ static int start_metrics(struct control *control)
     control->metrics_listen[0] = '\0';
     if (!where[0])
         return 0;
-    fd = listen_tcp(where);
+    fd = control_listen_tcp(where);
     if (fd < 0) {
         log_error("[metrics] listen = %s: %s", where, strerror(-fd));
         return fd;

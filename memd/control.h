@@ -15,6 +15,8 @@ struct guest;
 /* -EADDRINUSE: another memd answers there. Logs what is wrong. */
 int control_start(struct daemon *daemon);
 void control_stop(struct daemon *daemon);
+/* A TCP socket that listens at HOST:PORT, or -errno. */
+int control_listen_tcp(const char *where);
 /* [metrics] listen may have changed. */
 void control_reload(struct daemon *daemon);
 

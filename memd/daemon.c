@@ -167,14 +167,16 @@ static void stop_agents(struct daemon *daemon)
     agents_stop(daemon);
 }
 
-static void say_what_waits(const struct config *config)
+static void warn(const char *words)
 {
-    if (config->vault_set)
-        log_warning(
-            "[vault] is set, but this version of memd evicts nothing yet: it has no effect");
-    if (config->migration_set)
-        log_warning(
-            "[migration] is set, but this version of memd migrates nothing yet: it has no effect");
+    log_warning("%s", words);
+}
+
+static void say_about(const struct config *config)
+{
+    if (config->doubt[0])
+        log_warning("%s", config->doubt);
+    config_say_what_waits(config, warn);
 }
 
 /* ---- signals ---- */
@@ -239,6 +241,7 @@ static const struct part {
     {"trust domains", domains_start, domains_stop},
     {"guests", start_registry, stop_registry},
     {"agents", agents_start, stop_agents},
+    {"migrations", migration_start, migration_stop},
     {"control socket", control_start, control_stop},
 };
 #define PART_COUNT (sizeof(parts) / sizeof(parts[0]))
@@ -268,7 +271,7 @@ int daemon_start(struct daemon *daemon, struct config *config, const char *confi
             return result;
         }
     }
-    say_what_waits(&daemon->config);
+    say_about(&daemon->config);
     log_notice("memd %s serves %s, budget %llu MiB, store %llu MiB", MEMD_VERSION,
                daemon->config.socket, (unsigned long long)daemon->ledger.budget_bytes >> 20,
                (unsigned long long)daemon->domains.budget.limit_pages * PAGE_BYTES >> 20);
@@ -280,6 +283,7 @@ void daemon_stop(struct daemon *daemon)
 {
     (void)sd_notify(0, "STOPPING=1");
     state_saver_settle(&daemon->registry.saver);
+    state_saver_settle(&daemon->migrations.saver);
     stop_from(daemon, PART_COUNT);
 }
 
@@ -326,7 +330,8 @@ void daemon_reload(struct daemon *daemon)
     agents_reload(daemon, &old);
     agents_tune(daemon);
     control_reload(daemon);
-    say_what_waits(&fresh);
+    migration_reload(daemon);
+    say_about(&fresh);
     config_free(&old);
     log_notice("%s was read again", daemon->config_path);
     events_emit(&daemon->events, "config_reloaded", NULL, NULL);

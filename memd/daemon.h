@@ -14,6 +14,7 @@
 #include "kernel_ksm.h"
 #include "ledger.h"
 #include "loop.h"
+#include "migration.h"
 #include "pss.h"
 #include "registry.h"
 
@@ -30,6 +31,7 @@ struct daemon {
     struct registry registry;
     struct domains domains;
     struct agents agents;
+    struct migrations migrations;
     struct kernel_ksm kernel_ksm;
     struct pss pss;
     struct control *control;

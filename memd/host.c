@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -52,6 +53,11 @@ int host_process_open(pid_t pid)
     int fd = (int)syscall(SYS_pidfd_open, pid, 0);
 
     return fd < 0 ? -errno : fd;
+}
+
+void host_process_end(int process)
+{
+    (void)syscall(SYS_pidfd_send_signal, process, SIGKILL, NULL, 0);
 }
 
 int host_process_start_time(pid_t pid, uint64_t *ret_ticks)

@@ -28,6 +28,8 @@ int host_random(void *into, size_t bytes);
 
 /* A descriptor that gets readable when the process has ended; the caller's. -ESRCH: no such one. */
 int host_process_open(pid_t pid);
+/* Kills it, by that descriptor. */
+void host_process_end(int process);
 /* Start time in clock ticks since boot: with the pid it names one process for good. */
 int host_process_start_time(pid_t pid, uint64_t *ret_ticks);
 /* True when the process has ended, or is about to (its main thread is on its way out). */

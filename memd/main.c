@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,15 +55,20 @@ static int parse_options(int count, char **words, struct options *options)
         case 'k': options->check = true; break;
         case 'f': options->foreground = true; break;
         case 'l':
-            if (!log_level_parse(optarg, &options->level))
+            if (!log_level_parse(optarg, &options->level)) {
+                log_error("--log-level %s: give error, warning, info or debug", optarg);
                 return usage(stderr, 2);
+            }
             break;
         case 'v': puts("memd " MEMD_VERSION); return 0;
         case 'h': return usage(stdout, 0);
         default: return usage(stderr, 2);
         }
     }
-    return optind == count ? -1 : usage(stderr, 2);
+    if (optind == count)
+        return -1;
+    log_error("'%s' is not known here: memd takes options only", words[optind]);
+    return usage(stderr, 2);
 }
 
 static int read_config(struct options *options, struct config *ret_config)
@@ -80,6 +86,26 @@ static int read_config(struct options *options, struct config *ret_config)
     if (result)
         log_error("%s", error);
     return result;
+}
+
+static void say_on_stderr(const char *words)
+{
+    fprintf(stderr, "memd: note: %s\n", words);
+}
+
+/* --check: what can't be meant on this host counts as wrong. Returns the exit status. */
+static int check(const struct options *options, const struct config *config)
+{
+    if (config->doubt[0]) {
+        log_error("%s", config->doubt);
+        return 1;
+    }
+    config_say_what_waits(config, say_on_stderr);
+    if (options->config)
+        printf("%s is good\n", options->config);
+    else
+        puts("there is no " DEFAULT_CONFIG ": everything has its default");
+    return 0;
 }
 
 /* A fork before anything is opened. The parent waits for one byte: memd serves (0), or not. */
@@ -123,6 +149,8 @@ static void say_ready(int ready)
 
 int main(int count, char **words)
 {
+    /* Movers and VMMs that memd starts are watched by their pidfds: nobody waits for them. */
+    struct sigaction unwaited = {.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDWAIT};
     struct options options = {.level = LOG_LEVEL_NOTICE};
     struct config config;
     struct daemon daemon;
@@ -134,13 +162,15 @@ int main(int count, char **words)
     if (read_config(&options, &config))
         return 1;
     if (options.check) {
+        status = check(&options, &config);
         config_free(&config);
-        puts("the configuration is good");
-        return 0;
+        return status;
     }
     if (!options.foreground && !getenv("NOTIFY_SOCKET") && go_background(&ready))
         return 1;
-    if (daemon_start(&daemon, &config, options.config))
+    sigaction(SIGCHLD, &unwaited, NULL);
+    /* A file that is put there later is read by SIGHUP. */
+    if (daemon_start(&daemon, &config, options.config ? options.config : DEFAULT_CONFIG))
         return 1;
     say_ready(ready);
     status = daemon_run(&daemon) ? 1 : 0;

@@ -146,7 +146,11 @@ static int check_promise(const struct daemon *daemon, const struct guest *guest,
                          const struct guest_wish *wish, char *words, size_t words_bytes)
 {
     if (wish->min_bytes > wish->max_bytes) {
-        snprintf(words, words_bytes, "min is more than max: nothing was changed");
+        snprintf(words, words_bytes,
+                 "min would be %" PRIu64 " MiB and max %" PRIu64
+                 " MiB: a guest can't be guaranteed more than it is promised; lower min or raise "
+                 "max",
+                 wish->min_bytes >> 20, wish->max_bytes >> 20);
         return -EINVAL;
     }
     if (!ledger_can_guarantee(&daemon->ledger, guest ? &guest->account : NULL, wish->min_bytes)) {
@@ -268,16 +272,24 @@ static void process_died(struct loop_watch *watch, uint32_t events)
 {
     struct guest *guest = watch->owner;
     const struct daemon *daemon = guest->daemon;
+    bool early = guest->waiting_for_hello && guest->presence == AGENT_NONE;
 
     (void)events;
     stop_watching(guest);
-    if (guest->waiting_for_hello && guest->presence == AGENT_NONE) {
-        /* A VMM that daemonizes: the one that was registered has ended, another one goes on. */
+    if (early && guest->daemonizes)
         loop_timer_set(&guest->daemon->loop, &guest->grace_timer,
                        (uint64_t)(daemon->config.grace_s * (double)NS_PER_S));
-        return;
-    }
-    registry_remove(guest, "guest_gone", "its process has ended");
+    else
+        registry_remove(guest, "guest_gone",
+                        early ? "its process ended before its agent came; look at what the VMM said"
+                              : "its process has ended");
+}
+
+void registry_end_process(struct guest *guest, const char *why)
+{
+    log_notice("guest '%s': its VMM (pid %d) is ended: %s", guest->name, (int)guest->pid, why);
+    if (guest->death.fd >= 0)
+        host_process_end(guest->death.fd);
 }
 
 static void grace_is_over(struct loop_timer *timer)
@@ -285,7 +297,7 @@ static void grace_is_over(struct loop_timer *timer)
     struct guest *guest = timer->owner;
 
     if (guest->presence == AGENT_NONE)
-        registry_remove(guest, "guest_gone", "its process ended before an agent said hello");
+        registry_remove(guest, "guest_gone", "its process ended, and no other came in its place");
     else
         registry_let_go(guest);
 }
@@ -459,6 +471,7 @@ int registry_add(struct daemon *daemon, const struct guest_request *request,
     if (engine == ENGINE_AGENT && daemon->config.engine == SHARING_KERNEL)
         engine = ENGINE_KERNEL;
     guest->waiting_for_hello = engine == ENGINE_AGENT;
+    guest->daemonizes = request->daemonizes;
     registry_set_engine(guest, engine, request->reason);
     registry_expect_hello(guest);
     registry_save(daemon);
@@ -601,11 +614,11 @@ uint64_t registry_agents_cpu_ns(struct daemon *daemon)
 static json_t *guest_to_json(const struct guest *guest)
 {
     json_t *json =
-        json_pack("{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b}", "name", guest->name, "token",
+        json_pack("{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b,s:b}", "name", guest->name, "token",
                   guest->token, "uid", (json_int_t)guest->uid, "pid", (json_int_t)guest->pid,
                   "start_time", (json_int_t)guest->start_time, "vmm", guest->vmm, "qmp", guest->qmp,
                   "engine", registry_engine_name(guest->engine), "reason", guest->reason, "waiting",
-                  guest->waiting_for_hello);
+                  guest->waiting_for_hello, "daemonizes", guest->daemonizes);
 
     if (json)
         wish_into_json(&guest->asked, json);
@@ -650,7 +663,7 @@ static int find_process_again(struct guest *guest, pid_t pid, uint64_t start_tim
 
     if (host_process_start_time(pid, &started) == 0 && started == start_time)
         return watch_process(guest, pid);
-    if (!guest->waiting_for_hello)
+    if (!guest->waiting_for_hello || !guest->daemonizes)
         return -ESRCH;
     guest->pid = pid;
     guest->start_time = start_time;
@@ -673,8 +686,10 @@ static void restore(struct daemon *daemon, json_t *json)
         !config_name_is_good(name) || strlen(token) != PROTOCOL_TOKEN_BYTES)
         return;
     guest = new_guest(daemon, name);
-    if (guest)
+    if (guest) {
         guest->waiting_for_hello = waiting;
+        guest->daemonizes = json_is_true(json_object_get(json, "daemonizes"));
+    }
     if (!guest || find_process_again(guest, (pid_t)pid, (uint64_t)start_time)) {
         free(guest);
         return;

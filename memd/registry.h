@@ -3,9 +3,9 @@
  * The guests: who is registered, which process it is, what it was promised, how it shares.
  *
  * A guest comes by POST (memctl run), belongs to the caller's uid until its agent says HELLO with
- * the token it was given, and goes when its process dies (seen through a pidfd), when it is
- * detached, or when its process died before any agent said hello and none does within grace_s (a
- * VMM that daemonizes is another process than the one that was registered).
+ * the token it was given, and goes when its process dies (seen through a pidfd) or when it is
+ * detached. A VMM that daemonizes is another process than the one that was registered: its guest
+ * goes when that one died before any agent said hello, and none does within grace_s.
  *
  * What is promised comes from three places; the first that says something counts: `memctl set`
  * (kept in the state directory, by name), the configuration file's [guest NAME], the request.
@@ -62,6 +62,7 @@ struct guest {
     char qmp[GUEST_WORDS];
     enum guest_engine engine;
     bool waiting_for_hello;
+    bool daemonizes; /* another process may say hello when the one that was registered is gone */
     char reason[GUEST_WORDS];      /* why the engine is not the agent, or what is wrong with it */
     char domain_note[GUEST_WORDS]; /* why it is not in the domain that it was meant for */
 
@@ -101,6 +102,7 @@ struct guest_request {
     uid_t uid;
     char vmm[32];
     enum guest_engine engine;
+    bool daemonizes;
     char reason[GUEST_WORDS];
     char qmp[GUEST_WORDS];
     struct guest_wish wish;
@@ -116,6 +118,9 @@ int registry_add(struct daemon *daemon, const struct guest_request *request,
                  struct guest **ret_guest, char *words, size_t words_bytes);
 /* Forgets the guest; its session, if any, is ended. event: what is said about it. */
 void registry_remove(struct guest *guest, const char *event, const char *why);
+
+/* Ends its VMM; the guest goes when that is seen. */
+void registry_end_process(struct guest *guest, const char *why);
 
 struct guest *registry_find(const struct daemon *daemon, const char *name);
 struct guest *registry_find_token(const struct daemon *daemon, const char *token);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "session.h"
+#include "send_with.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,33 +20,12 @@
 #define TURN_ENTRIES  256U
 #define TURN_NS       500000ULL
 #define OUT_MAX       16384U /* messages that wait; an agent that reads so little is lost */
-#define GREETING_NS   10000000000ULL
 #define MESSAGE_MAX   1024U
 #define FDS_MAX       4
 
 static bool step(struct loop_task *task);
 
 /* ---- out: messages ---- */
-
-static int send_now(int socket, const void *message, uint32_t bytes, const int *fds,
-                    uint32_t fd_count)
-{
-    char control[CMSG_SPACE(sizeof(int) * FDS_MAX)] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd_count) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
-        memcpy(CMSG_DATA(rights), fds, sizeof(int) * fd_count);
-    }
-    return sendmsg(socket, &header, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -errno : 0;
-}
 
 static void wait_writable(struct session *session)
 {
@@ -92,7 +72,7 @@ int session_send(struct session *session, const void *message, uint32_t bytes, c
     if (session->state == SESSION_OVER)
         return -EPIPE;
     if (!session->first_out)
-        result = send_now(session->fd, message, bytes, fds, fd_count);
+        result = send_with(session->fd, message, bytes, fds, fd_count, MSG_DONTWAIT);
     if (is_full(result) && fd_count <= 1)
         result = queue_message(session, message, bytes, fd_count ? fds[0] : -1);
     return result;
@@ -115,8 +95,8 @@ static void flush_messages(struct session *session)
 {
     while (session->first_out) {
         const struct outgoing *out = session->first_out;
-        int result =
-            send_now(session->fd, out->message, out->bytes, &out->fd, out->fd >= 0 ? 1 : 0);
+        int result = send_with(session->fd, out->message, out->bytes, &out->fd,
+                               out->fd >= 0 ? 1 : 0, MSG_DONTWAIT);
 
         if (is_full(result)) {
             wait_writable(session);
@@ -202,7 +182,7 @@ static void ring_bell(struct session *session)
         return;
     session->wrote = false;
     /* A full socket has something else to wake it up. */
-    (void)send_now(session->fd, &bell, sizeof(bell), NULL, 0);
+    (void)send_with(session->fd, &bell, sizeof(bell), NULL, 0, MSG_DONTWAIT);
 }
 
 /* A message that the agent must get. Who has hung up is no liar: its end is read in its turn. */
@@ -597,7 +577,7 @@ int session_start(struct daemon *daemon, int fd, uid_t uid, pid_t pid)
         free(session);
         return result;
     }
-    loop_timer_set(&daemon->loop, &session->greeting, GREETING_NS);
+    loop_timer_set(&daemon->loop, &session->greeting, SESSION_GREETING_NS);
     session->next = daemon->agents.first;
     daemon->agents.first = session;
     daemon->agents.count++;

@@ -17,6 +17,8 @@
 #include "agents.h"
 #include "match.h"
 
+/* So long a connection may say no HELLO. */
+#define SESSION_GREETING_NS 10000000000ULL
 #define SESSION_PENDING_MAX (1U << 16) /* entries that wait for room in the ring */
 
 enum session_state {
@@ -62,6 +64,7 @@ struct session {
 
     uint32_t next_page;     /* where the next managed block starts */
     pid_t scanner, handler; /* confirmed by /proc; else 0 */
+    pid_t urgent;           /* likewise: answers the faults of a guest that has moved away */
     uint64_t cpu_base_ns, cpu_ns;
     bool rejoin, detached;
     /* A message that waits until the entries before it are read; the socket waits with it. */

@@ -168,6 +168,7 @@ static json_t *sharing_json(const struct daemon *daemon, const struct figures *f
     set(json, "store_segments", figures->segments);
     set(json, "store_refused_pages", daemon->domains.budget.refused_pages);
     set(json, "table_bytes", figures->table_bytes);
+    json_object_set_new(json, "steers_ksmd", json_boolean(daemon->kernel_ksm.running));
     return json;
 }
 
@@ -205,7 +206,7 @@ static json_t *faults_json(const struct guest *guest)
 
 static json_t *guest_json(const struct guest *guest)
 {
-    json_t *json = json_object();
+    json_t *json = json_object(), *migration;
 
     json_object_set_new(json, "name", json_string(guest->name));
     set(json, "pid", (uint64_t)guest->pid);
@@ -222,6 +223,8 @@ static json_t *guest_json(const struct guest *guest)
     json_object_set_new(json, "places", places_json(guest));
     set(json, "working_set_bytes", 0);
     json_object_set_new(json, "faults", faults_json(guest));
+    migration = migration_status(guest->daemon, guest->name);
+    json_object_set_new(json, "migration", migration ? migration : json_null());
     return json;
 }
 

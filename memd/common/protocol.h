@@ -57,6 +57,7 @@
 
 /* Feature bits of HELLO and WELCOME; each side uses what both have. */
 #define FEATURE_SHARE (1ULL << 0) /* the agent can freeze pages (UFFDIO_MOVE works here) */
+#define FEATURE_MOVE  (1ULL << 1) /* the agent takes MESSAGE_MOVER */
 
 #define PROTOCOL_TOKEN_BYTES 32 /* hexadecimal digits, no end mark */
 #define PROTOCOL_TEXT_BYTES  200
@@ -90,6 +91,12 @@ enum message_type {
     MESSAGE_DOORBELL = 13, /* both: look into the ring */
     MESSAGE_HELD = 14,     /* agent, to a restarted memd: a segment that I have; one descriptor */
     MESSAGE_HELD_END = 15, /* agent: that was all of it (segments by HELD, pages by HAVE) */
+    MESSAGE_MOVER = 16,    /* memd: the guest is to move, and this is its mover; one descriptor, a
+                              SOCK_SEQPACKET socket that speaks postcopy/common/mover_protocol.h. A
+                              second one takes the place of the first */
+    MESSAGE_URGENT = 17,   /* agent, where both have FEATURE_MOVE: which of its threads answers the
+                              faults of a guest that has moved away, and deserves the handler's
+                              priority; there is one at a time, or none */
 };
 
 /* In front of every message; `bytes` is the size of the whole message. */
@@ -155,6 +162,18 @@ struct message_segment {
     struct message_header header;
     uint32_t segment;
     uint32_t pages;
+};
+
+struct message_urgent {
+    struct message_header header;
+    uint32_t tid; /* 0: none */
+    uint32_t unused;
+};
+
+struct message_mover {
+    struct message_header header;
+    uint32_t role; /* enum mover_role: 1 from here, 2 to here */
+    uint32_t unused;
 };
 
 struct message_tune {

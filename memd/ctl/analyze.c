@@ -62,14 +62,37 @@ static void on_bus_error(int signal_number)
 
 /* ---- opening sources ---- */
 
+/* Twice the same would be taken for duplicates. */
+static bool is_given_twice(const struct ctl_arguments *arguments, size_t index)
+{
+    for (size_t i = 0; i < index; i++) {
+        if (strcmp(arguments->operands[i], arguments->operands[index]) == 0)
+            return true;
+    }
+    return false;
+}
+
 static enum ctl_status name_sources(struct analyze *analyze)
 {
     const struct ctl_arguments *arguments = analyze->arguments;
     size_t since = arguments->repeated[ANALYZE_SINCE].count;
 
+    if (!arguments->operand_count)
+        return CTL_USAGE; /* options.c has said so */
     if (since && since != arguments->operand_count) {
         ctl_say("analyze: --since is given once for each source, in the same order");
         return CTL_USAGE;
+    }
+    for (size_t i = 0; i < arguments->operand_count; i++) {
+        if (!*arguments->operands[i]) {
+            ctl_say("analyze: a source's name is empty; give a file or guest:NAME");
+            return CTL_USAGE;
+        }
+        if (is_given_twice(arguments, i)) {
+            ctl_say("analyze: %s is given twice, and would be its own duplicate; name it once",
+                    arguments->operands[i]);
+            return CTL_USAGE;
+        }
     }
     analyze->sources = calloc(arguments->operand_count, sizeof(*analyze->sources));
     if (!analyze->sources) {
@@ -149,10 +172,8 @@ static enum ctl_status open_guest(const struct analyze *analyze, const char *nam
     json_t *guest;
     char path[128];
 
-    if (!ctl_value_is_guest_name(name)) {
-        ctl_say("'%s' is no guest's name", name);
+    if (!ctl_value_check_guest_name(name))
         return CTL_USAGE;
-    }
     snprintf(path, sizeof(path), "/v1/guests/%s", name);
     status = ctl_http_call(analyze->arguments->socket, "GET", path, NULL, CTL_TIMEOUT_S, &guest);
     if (status != CTL_DONE)

@@ -288,6 +288,15 @@ static int take(struct snapshot *snapshot, const struct analyze_block *blocks, s
     return error == 0 ? look(snapshot, blocks, count, compare_chunk) : error;
 }
 
+static uint64_t count_absent(const struct snapshot *snapshot, uint64_t pages)
+{
+    uint64_t copied = 0;
+
+    for (uint64_t i = 0; i < pages / 8 + 1; i++)
+        copied += (uint64_t)__builtin_popcount(snapshot->have[i]);
+    return pages - copied;
+}
+
 static void explain(int error, int pid, const struct snapshot *snapshot,
                     char why[ANALYZE_WHY_CHARS])
 {
@@ -335,8 +344,11 @@ int ctl_analyze_open_blocks(int pid, const struct analyze_block *blocks, size_t 
         error = take(&snapshot, blocks, count);
     if (error == 0)
         error = ctl_analyze_open_raw(snapshot.out, pages, ret_file);
-    if (error == 0)
+    if (error == 0) {
+        ret_file->live = true;
         ret_file->unsettled = snapshot.unsettled;
+        ret_file->absent = count_absent(&snapshot, pages);
+    }
     if (error < 0)
         explain(error, pid, &snapshot, why);
     if (error < 0 && snapshot.out >= 0)

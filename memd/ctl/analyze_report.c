@@ -124,6 +124,7 @@ static json_t *make_sources(const struct analyze_report *report)
         json_object_update_missing_new(source,
                                        make_levels(report, report->result->sources[i], true));
         set_u64(source, "unsettled_pages", report->sources[i].now.unsettled);
+        set_u64(source, "absent_pages", report->sources[i].now.absent);
         json_array_append_new(sources, source);
     }
     return sources;
@@ -167,6 +168,15 @@ static json_t *make_what_if(const struct analyze_report *report)
     return object;
 }
 
+static uint64_t absent_of_all(const struct analyze_report *report)
+{
+    uint64_t absent = 0;
+
+    for (size_t i = 0; i < report->source_count; i++)
+        absent += report->sources[i].now.absent;
+    return absent;
+}
+
 void ctl_analyze_print_json(const struct analyze_report *report)
 {
     json_t *object = make_levels(report, report->result->all, true);
@@ -175,6 +185,7 @@ void ctl_analyze_print_json(const struct analyze_report *report)
     for (size_t i = 0; i < report->source_count; i++)
         unsettled += report->sources[i].now.unsettled;
     set_u64(object, "unsettled_pages", unsettled);
+    set_u64(object, "absent_pages", absent_of_all(report));
     json_object_set_new(object, "sources", make_sources(report));
     if (report->options->domains) {
         json_object_set_new(object, "domains", make_domains(report));
@@ -186,8 +197,19 @@ void ctl_analyze_print_json(const struct analyze_report *report)
 
 /* ---- the table ---- */
 
+static bool has_living(const struct analyze_report *report)
+{
+    bool living = false;
+
+    for (size_t i = 0; i < report->source_count; i++)
+        living |= report->sources[i].now.live;
+    return living;
+}
+
+/* absent: NULL where it is not known, or does not say anything. */
 static void add_counts(const struct analyze_report *report, struct ctl_table *table,
-                       const char *label, const struct analyze_counts *counts, uint64_t unit_bytes)
+                       const char *label, const struct analyze_counts *counts, uint64_t unit_bytes,
+                       const uint64_t *absent)
 {
     uint64_t kept = ctl_analyze_kept(counts);
 
@@ -205,6 +227,10 @@ static void add_counts(const struct analyze_report *report, struct ctl_table *ta
     else
         ctl_table_add_size(table, counts->compressed_bytes);
     ctl_table_add_count(table, counts->changed);
+    if (has_living(report) && absent)
+        ctl_table_add_count(table, *absent);
+    else if (has_living(report))
+        ctl_table_add(table, "-");
 }
 
 static void print_what_if(const struct analyze_report *report)
@@ -233,7 +259,13 @@ static void print_what_if(const struct analyze_report *report)
 
 static void print_notes(const struct analyze_report *report)
 {
+    uint64_t absent = absent_of_all(report);
     char text[CTL_SIZE_CHARS];
+
+    if (absent)
+        printf("absent pages (never touched, or given back) are among ZERO and SAVED, and take no "
+               "memory already: %s\n",
+               ctl_format_size(absent * PAGE_BYTES, text));
 
     for (size_t i = 0; i < report->source_count; i++) {
         if (report->sources[i].now.unsettled)
@@ -245,25 +277,27 @@ static void print_notes(const struct analyze_report *report)
 
 void ctl_analyze_print_table(const struct analyze_report *report)
 {
-    static const char *const headings[] = {"SOURCE", ">PAGES", ">ZERO",   ">UNIQUE",
-                                           ">INTRA", ">INTER", ">SAVED",  ">",
-                                           ">RATIO", ">LZ4",   ">CHANGED"};
+    static const char *const headings[] = {"SOURCE", ">PAGES", ">ZERO",    ">UNIQUE",
+                                           ">INTRA", ">INTER", ">SAVED",   ">",
+                                           ">RATIO", ">LZ4",   ">CHANGED", ">ABSENT"};
     const struct analyze_result *result = report->result;
-    struct ctl_table *table = ctl_table_new(headings, sizeof(headings) / sizeof(headings[0]));
+    size_t columns = sizeof(headings) / sizeof(headings[0]) - !has_living(report);
+    struct ctl_table *table = ctl_table_new(headings, columns);
+    uint64_t absent = absent_of_all(report);
     bool several = report->source_count > 1;
     char label[128];
 
     for (size_t i = 0; several && i < report->source_count; i++)
         add_counts(report, table, report->sources[i].name, &result->sources[i][ANALYZE_PAGES],
-                   PAGE_BYTES);
+                   PAGE_BYTES, report->sources[i].now.live ? &report->sources[i].now.absent : NULL);
     for (uint32_t i = 0; i < report->options->domains; i++) {
         snprintf(label, sizeof(label), "domain %s", report->domain_names[i]);
-        add_counts(report, table, label, &result->domains[i][ANALYZE_PAGES], PAGE_BYTES);
+        add_counts(report, table, label, &result->domains[i][ANALYZE_PAGES], PAGE_BYTES, NULL);
     }
     add_counts(report, table, several ? "all" : report->sources[0].name,
-               &result->all[ANALYZE_PAGES], PAGE_BYTES);
-    add_counts(report, table, "in units of 64 KiB", &result->all[ANALYZE_64K], 65536);
-    add_counts(report, table, "in units of 2 MiB", &result->all[ANALYZE_2M], HUGE_BYTES);
+               &result->all[ANALYZE_PAGES], PAGE_BYTES, &absent);
+    add_counts(report, table, "in units of 64 KiB", &result->all[ANALYZE_64K], 65536, NULL);
+    add_counts(report, table, "in units of 2 MiB", &result->all[ANALYZE_2M], HUGE_BYTES, NULL);
     ctl_table_print(table, 0);
     if (report->options->domains)
         print_what_if(report);

@@ -74,7 +74,7 @@ static int add_extent(struct analyze_file *file, uint64_t start, uint64_t end)
         return 0;
     }
     /* Powers of two, so that it is a copy only now and then. */
-    if ((file->extent_count & (file->extent_count - 1)) == 0) {
+    if (!file->extents || (file->extent_count & (file->extent_count - 1)) == 0) {
         grown = reallocarray(file->extents, file->extent_count ? 2 * file->extent_count : 1,
                              sizeof(*grown));
         if (!grown)

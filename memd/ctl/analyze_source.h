@@ -21,7 +21,9 @@ struct analyze_file {
     const uint8_t *map;             /* the whole file; NULL where that did not work */
     struct analyze_extent *extents; /* owned; ascending by page, and not overlapping */
     size_t extent_count;
-    uint64_t unsettled; /* of a live guest: pages that changed while they were copied */
+    bool live;          /* a living guest's, which has these: */
+    uint64_t unsettled; /* pages that changed while they were copied */
+    uint64_t absent;    /* pages that its VMM does not have, which count as zeros */
     struct stat status; /* as it was when it was opened */
 };
 

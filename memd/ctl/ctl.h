@@ -84,8 +84,9 @@ enum ctl_status ctl_http_call(const char *socket, const char *method, const char
 enum ctl_status ctl_http_stream(const char *socket, const char *path,
                                 bool (*line)(void *context, char *text), void *context);
 
-/* True when memd answers at `socket`; prints nothing. */
-bool ctl_http_reachable(const char *socket);
+/* True when memd answers at `socket`; prints nothing. *ret_status: what it says of the host, a
+ * reference of the caller's, or NULL when it does not tell this user. */
+bool ctl_http_reachable(const char *socket, json_t **ret_status);
 
 #define CTL_TIMEOUT_S 30L
 
@@ -137,6 +138,8 @@ int ctl_value_number(const char *text, uint64_t most, uint64_t *ret_number);
 
 /* True for a name that a guest may have. */
 bool ctl_value_is_guest_name(const char *text);
+/* The same, with words when it is none. */
+bool ctl_value_check_guest_name(const char *text);
 
 /* ---- the commands, a file for each family ---- */
 
@@ -145,12 +148,14 @@ enum ctl_status ctl_detach_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_doctor_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_events_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_guest_run(const struct ctl_arguments *arguments);
+enum ctl_status ctl_migrate_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_run_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_set_run(const struct ctl_arguments *arguments);
 enum ctl_status ctl_status_run(const struct ctl_arguments *arguments);
 
 extern const struct ctl_option ctl_analyze_options[];
 extern const struct ctl_option ctl_events_options[];
+extern const struct ctl_option ctl_migrate_options[];
 extern const struct ctl_option ctl_run_options[];
 
 #endif

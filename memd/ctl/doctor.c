@@ -38,7 +38,7 @@ static const struct {
 
 #define CHECKS (sizeof(checks) / sizeof(checks[0]))
 
-static const char *const status_names[] = {"ok", "note", "problem"};
+static const char *const status_names[] = {"ok", "note", "problem", "unknown"};
 static_assert(sizeof(status_names) / sizeof(status_names[0]) == FINDING_COUNT,
               "each status has a name");
 
@@ -52,17 +52,46 @@ void ctl_finding_set(struct finding *finding, enum finding_status status, const 
     va_end(arguments);
 }
 
+/* Of several checks that fail alike the first one is enough. */
+static bool is_said(const struct finding findings[CHECKS], size_t index)
+{
+    for (size_t i = 0; i < index; i++) {
+        if (findings[i].mend == findings[index].mend && findings[i].cost == findings[index].cost &&
+            findings[i].status == findings[index].status)
+            return true;
+    }
+    return false;
+}
+
 static void print_remedies(const struct finding findings[CHECKS])
 {
     for (size_t i = 0; i < CHECKS; i++) {
-        if (findings[i].status == FINDING_OK)
+        if (findings[i].status == FINDING_OK || is_said(findings, i))
             continue;
         printf("\n%s: %s\n  costs   %s\n  mend    %s\n", checks[i].name, findings[i].found,
                findings[i].cost, findings[i].mend);
     }
 }
 
-static void print_findings(const struct finding findings[CHECKS], bool full)
+static bool has(const struct finding findings[CHECKS], enum finding_status status)
+{
+    for (size_t i = 0; i < CHECKS; i++) {
+        if (findings[i].status == status)
+            return true;
+    }
+    return false;
+}
+
+static const char *verdict(const struct finding findings[CHECKS])
+{
+    if (has(findings, FINDING_PROBLEM))
+        return "memd can't share in full on this host: see the problems above.";
+    if (has(findings, FINDING_UNKNOWN))
+        return "Not all of it could be tried as this user: run 'memctl doctor' as root.";
+    return "memd can share in full on this host.";
+}
+
+static void print_findings(const struct finding findings[CHECKS])
 {
     static const char *const headings[] = {"CHECK", "", "FOUND"};
     struct ctl_table *table = ctl_table_new(headings, 3);
@@ -74,8 +103,7 @@ static void print_findings(const struct finding findings[CHECKS], bool full)
     }
     ctl_table_print(table, 0);
     print_remedies(findings);
-    printf("\n%s\n", full ? "memd can share in full on this host."
-                          : "memd can't share in full on this host: see the problems above.");
+    printf("\n%s\n", verdict(findings));
 }
 
 static void print_findings_json(const struct finding findings[CHECKS], bool full)
@@ -99,16 +127,16 @@ static void print_findings_json(const struct finding findings[CHECKS], bool full
 enum ctl_status ctl_doctor_run(const struct ctl_arguments *arguments)
 {
     struct finding findings[CHECKS];
-    bool full = true;
+    bool full;
 
     for (size_t i = 0; i < CHECKS; i++) {
         findings[i] = (struct finding){.cost = "", .mend = ""};
         checks[i].look(arguments, &findings[i]);
-        full &= findings[i].status != FINDING_PROBLEM;
     }
+    full = !has(findings, FINDING_PROBLEM) && !has(findings, FINDING_UNKNOWN);
     if (arguments->json)
         print_findings_json(findings, full);
     else
-        print_findings(findings, full);
+        print_findings(findings);
     return full ? CTL_DONE : CTL_FAILED;
 }

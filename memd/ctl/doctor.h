@@ -9,6 +9,7 @@ enum finding_status {
     FINDING_OK,
     FINDING_NOTE,    /* costs something; sharing works in full */
     FINDING_PROBLEM, /* sharing does not work, or not in full */
+    FINDING_UNKNOWN, /* this user may not try it */
     FINDING_COUNT
 };
 

@@ -59,22 +59,38 @@ void ctl_doctor_commit(const struct ctl_arguments *arguments, struct finding *re
     ret_finding->mend = "sysctl -w vm.overcommit_memory=0";
 }
 
+/* memd runs ksmd itself for guests without an agent: then there is nothing to mend. */
+static void judge_running_ksm(const struct ctl_arguments *arguments, struct finding *finding)
+{
+    json_t *status, *steers;
+    bool reachable = ctl_http_reachable(arguments->socket, &status);
+
+    steers = json_object_get(json_object_get(status, "sharing"), "steers_ksmd");
+    finding->cost = "ksmd spends CPU time on memory that others offered to it";
+    finding->mend = "find out who started it (ksmtuned?), then: echo 0 > /sys/kernel/mm/ksm/run";
+    if (json_is_true(steers)) {
+        ctl_finding_set(finding, FINDING_OK, "running; memd steers it for guests without an agent");
+    } else if (reachable && !status) {
+        ctl_finding_set(finding, FINDING_NOTE,
+                        "running, and memd does not tell this user whether that is its doing");
+        finding->mend = "run 'memctl doctor' as root: there is nothing to mend if memd steers it";
+    } else {
+        ctl_finding_set(finding, FINDING_NOTE, "running, and not because of memd");
+    }
+    json_decref(status);
+}
+
 void ctl_doctor_ksm(const struct ctl_arguments *arguments, struct finding *ret_finding)
 {
     long run = read_number("/sys/kernel/mm/ksm/run");
 
-    (void)arguments;
     if (run < 0) {
         ctl_finding_set(ret_finding, FINDING_NOTE, "not in this kernel");
         ret_finding->cost =
             "VMMs that the agent can't be preloaded into (static, set-uid) don't share";
         ret_finding->mend = "boot a kernel with CONFIG_KSM=y";
     } else if (run == 1) {
-        ctl_finding_set(ret_finding, FINDING_NOTE, "there, and running");
-        ret_finding->cost =
-            "unless memd steers it: ksmd spends CPU time on memory that others offered";
-        ret_finding->mend =
-            "find out who started it (ksmtuned?), then: echo 0 > /sys/kernel/mm/ksm/run";
+        judge_running_ksm(arguments, ret_finding);
     } else {
         ctl_finding_set(ret_finding, FINDING_OK, "there, and not running");
     }
@@ -138,8 +154,10 @@ void ctl_doctor_shm(const struct ctl_arguments *arguments, struct finding *ret_f
 
 void ctl_doctor_memd(const struct ctl_arguments *arguments, struct finding *ret_finding)
 {
-    bool reachable = ctl_http_reachable(arguments->socket);
+    json_t *status;
+    bool reachable = ctl_http_reachable(arguments->socket, &status);
 
+    json_decref(status);
     ctl_finding_set(ret_finding, reachable ? FINDING_OK : FINDING_NOTE, "%s at %s",
                     reachable ? "answers" : "does not answer", arguments->socket);
     ret_finding->cost = "nothing is shared until it runs";

@@ -15,6 +15,8 @@
 
 #define NO_SHARING_COST \
     "no agent can work: only kernel KSM is left, which is slower and spends far more CPU time"
+#define NOT_TRIED_COST "nothing perhaps: memd runs as root, and gives VMMs without rights theirs"
+#define NOT_TRIED_MEND "run 'memctl doctor' as root"
 #define NEWER_KERNEL \
     "boot Linux 6.8 or newer (Debian 12: apt install -t bookworm-backports linux-image-amd64)"
 
@@ -76,6 +78,17 @@ static int open_with_features(uint64_t features, uint64_t *ret_features)
     return fd;
 }
 
+/* Whether this user can't try what memd, which is root, may well be able to do. */
+static bool is_unknown(struct finding *finding, int error)
+{
+    if (error != -EPERM || geteuid() == 0)
+        return false;
+    ctl_finding_set(finding, FINDING_UNKNOWN, "not tried: this user may have no userfaultfd");
+    finding->cost = NOT_TRIED_COST;
+    finding->mend = NOT_TRIED_MEND;
+    return true;
+}
+
 void ctl_doctor_userfaultfd(const struct ctl_arguments *arguments, struct finding *ret_finding)
 {
     int fd = open_userfaultfd();
@@ -86,11 +99,12 @@ void ctl_doctor_userfaultfd(const struct ctl_arguments *arguments, struct findin
         close(fd);
         return;
     }
+    if (is_unknown(ret_finding, fd))
+        return;
     ctl_finding_set(ret_finding, FINDING_PROBLEM, "can't be opened: %s", strerror(-fd));
     ret_finding->cost = NO_SHARING_COST;
-    ret_finding->mend =
-        fd == -EPERM ? "run this as root; a VMM without rights gets its userfaultfd from memd"
-                     : "boot a kernel with CONFIG_USERFAULTFD=y";
+    ret_finding->mend = fd == -EPERM ? "allow memd the system call userfaultfd (seccomp?)"
+                                     : "boot a kernel with CONFIG_USERFAULTFD=y";
 }
 
 void ctl_doctor_device(const struct ctl_arguments *arguments, struct finding *ret_finding)
@@ -133,15 +147,19 @@ void ctl_doctor_features(const struct ctl_arguments *arguments, struct finding *
     int fd = open_with_features(0, &features);
 
     (void)arguments;
-    for (size_t i = 0; i < sizeof(needed) / sizeof(needed[0]); i++)
-        append(features & needed[i].bit ? there : missing, FEATURES_CHARS, needed[i].name);
-    ctl_finding_set(ret_finding, missing[0] ? FINDING_PROBLEM : FINDING_OK, "%s%s%s",
-                    fd < 0 ? "no userfaultfd;" : there + 1, missing[0] ? "; not there:" : "",
-                    missing);
     ret_finding->cost = NO_SHARING_COST;
     ret_finding->mend = fd < 0 ? "see userfaultfd above" : NEWER_KERNEL;
-    if (fd >= 0)
-        close(fd);
+    if (is_unknown(ret_finding, fd))
+        return;
+    if (fd < 0) {
+        ctl_finding_set(ret_finding, FINDING_PROBLEM, "there is no userfaultfd to ask");
+        return;
+    }
+    for (size_t i = 0; i < sizeof(needed) / sizeof(needed[0]); i++)
+        append(features & needed[i].bit ? there : missing, FEATURES_CHARS, needed[i].name);
+    ctl_finding_set(ret_finding, missing[0] ? FINDING_PROBLEM : FINDING_OK, "%s%s%s", there + 1,
+                    missing[0] ? "; not there:" : "", missing);
+    close(fd);
 }
 
 /* ---- UFFDIO_MOVE and PAGEMAP_SCAN, tried ---- */
@@ -269,6 +287,8 @@ static int try_scan(void)
 
 static void report_trial(struct finding *finding, int error, const char *success)
 {
+    if (is_unknown(finding, error))
+        return;
     if (error == 0)
         ctl_finding_set(finding, FINDING_OK, "%s", success);
     else if (error == -EIO)

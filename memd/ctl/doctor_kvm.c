@@ -30,6 +30,7 @@
 enum boot_end {
     BOOT_RAN,
     BOOT_NO_DEVICE,
+    BOOT_NO_RIGHTS,
     BOOT_NO_VM,
     BOOT_NO_MEMORY,
     BOOT_NO_CPU,
@@ -40,7 +41,8 @@ enum boot_end {
 
 static const char *const boot_words[] = {
     "booted a tiny guest",
-    "can't be opened",
+    "not there",
+    "there, but this user may not open it",
     "there, but makes no virtual machine",
     "there, but takes no guest memory",
     "there, but makes no virtual CPU",
@@ -108,7 +110,7 @@ static enum boot_end boot(void)
     int vm, cpu, bytes;
 
     if (kvm < 0)
-        return BOOT_NO_DEVICE;
+        return errno == EACCES || errno == EPERM ? BOOT_NO_RIGHTS : BOOT_NO_DEVICE;
     vm = ioctl(kvm, KVM_CREATE_VM, 0);
     if (vm < 0)
         return BOOT_NO_VM;
@@ -144,6 +146,9 @@ static void report(struct finding *finding, int wait_status)
     finding->cost = "guests run under QEMU's TCG, many times slower (sharing works the same)";
     finding->mend = "switch virtualization on in the firmware or, in a virtual machine, nesting in "
                     "its host; then: modprobe kvm_intel || modprobe kvm_amd";
+    if (end == BOOT_NO_RIGHTS)
+        finding->mend = "usermod -aG kvm USER, and log in anew (where /dev/kvm belongs to that "
+                        "group), or run the VMM as root";
     if (WIFSIGNALED(wait_status))
         ctl_finding_set(finding, FINDING_NOTE, "there, but a tiny guest did not end in %d s",
                         BOOT_LIMIT_S);

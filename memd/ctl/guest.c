@@ -66,7 +66,9 @@ static void print_promises(const json_t *guest)
              ctl_format_size(ctl_json_u64(guest, "target_bytes"), a),
              ctl_format_size(ctl_json_u64(guest, "balloon_bytes"), b));
     print_line("target", line);
-    print_line("working set", ctl_format_size(ctl_json_u64(guest, "working_set_bytes"), a));
+    print_line("working set", ctl_json_u64(guest, "working_set_bytes")
+                                  ? ctl_format_size(ctl_json_u64(guest, "working_set_bytes"), a)
+                                  : "");
 }
 
 static const char *bar(uint64_t part, uint64_t whole, char text[BAR_CHARS + 1])
@@ -169,10 +171,8 @@ enum ctl_status ctl_guest_run(const struct ctl_arguments *arguments)
     enum ctl_status status;
     char path[128];
 
-    if (!ctl_value_is_guest_name(arguments->operands[0])) {
-        ctl_say("'%s' is no guest's name", arguments->operands[0]);
+    if (!ctl_value_check_guest_name(arguments->operands[0]))
         return CTL_USAGE;
-    }
     snprintf(path, sizeof(path), "/v1/guests/%s", arguments->operands[0]);
     status = ctl_http_call(arguments->socket, "GET", path, NULL, CTL_TIMEOUT_S, &guest);
     if (status != CTL_DONE)

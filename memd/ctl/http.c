@@ -79,10 +79,17 @@ static enum ctl_status unreachable(CURL *curl, const char *socket, CURLcode code
         return CTL_REFUSED;
     }
     if (code == CURLE_OPERATION_TIMEDOUT)
-        ctl_say("memd at %s does not answer in time", socket);
-    else
-        ctl_say("memd is not reachable at %s (%s): is it running?", socket,
+        ctl_say("memd at %s does not answer in time: it may be stopped, or something else listens "
+                "there",
+                socket);
+    else if (code != CURLE_COULDNT_CONNECT)
+        ctl_say("what answers at %s is not memd, or has just ended (%s)", socket,
                 curl_easy_strerror(code));
+    else if (error == ENOENT)
+        ctl_say("no memd at %s: start it (systemctl start memd), or say where it is with --socket",
+                socket);
+    else
+        ctl_say("nobody answers at %s any more: start memd again (systemctl start memd)", socket);
     return CTL_UNREACHABLE;
 }
 
@@ -226,23 +233,24 @@ enum ctl_status ctl_http_stream(const char *socket, const char *path,
     return status;
 }
 
-static size_t on_nothing(char *bytes, size_t size, size_t count, void *context)
-{
-    (void)bytes;
-    (void)context;
-    return size * count;
-}
-
-bool ctl_http_reachable(const char *socket)
+bool ctl_http_reachable(const char *socket, json_t **ret_status)
 {
     CURL *curl = open_request(socket, "GET", "/v1/status");
+    struct buffer body = {0};
+    long http_status = 0;
     CURLcode code;
 
+    *ret_status = NULL;
     if (!curl)
         return false;
-    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_nothing);
+    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_body);
+    curl_easy_setopt(curl, CURLOPT_WRITEDATA, &body);
     curl_easy_setopt(curl, CURLOPT_TIMEOUT, CONNECT_TIMEOUT_S);
     code = curl_easy_perform(curl);
+    curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &http_status);
+    if (code == CURLE_OK && http_status == 200 && body.filled)
+        *ret_status = json_loadb(body.bytes, body.filled, 0, NULL);
+    free(body.bytes);
     curl_easy_cleanup(curl);
     return code == CURLE_OK;
 }

@@ -198,13 +198,14 @@ static void judge_elf(const char *path, const struct image *image, char reason[I
                  "the VMM has another C library than the agent: it can't be preloaded");
 }
 
-int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *ret_linked)
+int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *ret_linked,
+                      bool *ret_script)
 {
     char current[PATH_MAX];
     struct image image = {0};
 
     reason[0] = '\0';
-    *ret_linked = false;
+    *ret_linked = *ret_script = false;
     snprintf(current, sizeof(current), "%s", path);
     for (int depth = 0; depth < SCRIPT_DEPTH; depth++) {
         int error = read_image(current, &image);
@@ -223,6 +224,7 @@ int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *r
                 judge_elf(current, &image, reason);
             return 0;
         }
+        *ret_script = true;
         snprintf(current, sizeof(current), "%s", image.interpreter);
     }
     return -ELOOP;
@@ -230,13 +232,14 @@ int ctl_image_inspect(const char *path, char reason[IMAGE_REASON_CHARS], bool *r
 
 char *ctl_image_preload_library(void)
 {
-    char own[PATH_MAX], path[PATH_MAX + 32];
+    /* As it was built; as it was installed, wherever that was. */
+    static const char *const from_here[] = {"../lib/libmemd-preload.so", MEMD_PRELOAD_FROM_BIN};
+    char own[PATH_MAX], path[PATH_MAX + sizeof(MEMD_PRELOAD_FROM_BIN) + 32];
     ssize_t length = readlink("/proc/self/exe", own, sizeof(own) - 1);
 
-    if (length > 0) {
-        own[length] = '\0';
-        *strrchr(own, '/') = '\0';
-        snprintf(path, sizeof(path), "%s/../lib/libmemd-preload.so", own);
+    own[length > 0 ? length : 0] = '\0';
+    for (size_t i = 0; length > 0 && i < sizeof(from_here) / sizeof(from_here[0]); i++) {
+        snprintf(path, sizeof(path), "%.*s/%s", (int)(strrchr(own, '/') - own), own, from_here[i]);
         if (access(path, R_OK) == 0)
             return realpath(path, NULL);
     }

@@ -56,6 +56,14 @@ static const struct ctl_command commands[] = {
      .operands_min = 1,
      .operands_max = 1,
      .run = ctl_detach_run},
+    {.name = "migrate",
+     .operands = "NAME [HOST:PORT]",
+     .summary = "move a running guest to another host",
+     .options = ctl_migrate_options,
+     .prints_data = true,
+     .operands_min = 1,
+     .operands_max = 2,
+     .run = ctl_migrate_run},
     {.name = "events",
      .operands = "",
      .summary = "what happens, as it happens",
@@ -141,13 +149,12 @@ int main(int argc, char **argv)
         return flush(CTL_DONE);
     }
     if (!move_command_first(argc, argv)) {
-        print_usage(stderr);
+        ctl_say("no command is given; 'memctl --help' lists them");
         return CTL_USAGE;
     }
     command = find_command(argv[1]);
     if (!command) {
-        ctl_say("there is no command '%s'", argv[1]);
-        print_usage(stderr);
+        ctl_say("there is no command '%s'; 'memctl --help' lists them", argv[1]);
         return CTL_USAGE;
     }
     return run_command(command, argc - 1, argv + 1);

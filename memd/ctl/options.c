@@ -2,9 +2,11 @@
 /* Reads the options of a command by its table. --socket, --json, --help and --version are the same
  * for all of them. */
 #include <getopt.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "ctl.h"
@@ -73,19 +75,61 @@ static const char *default_socket(void)
     return access(path, F_OK) == 0 ? path : CTL_DEFAULT_SOCKET;
 }
 
-static void take(const struct ctl_command *command, struct ctl_arguments *arguments, int option)
+/* Says what is wrong, and where the options are told. */
+static void __attribute__((format(printf, 2, 3)))
+complain(const struct ctl_command *command, const char *format, ...)
 {
-    if (option == OPTION_SOCKET) {
+    char words[256];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(words, sizeof(words), format, arguments);
+    va_end(arguments);
+    ctl_say("%s: %s; 'memctl %s --help' tells the usage", command->name, words, command->name);
+}
+
+static bool take_socket(const struct ctl_command *command, struct ctl_arguments *arguments)
+{
+    size_t room = sizeof(((struct sockaddr_un *)0)->sun_path);
+
+    if (arguments->socket)
+        complain(command, "--socket is given twice");
+    else if (!optarg[0] || strlen(optarg) >= room)
+        complain(command, "--socket: give a path of 1 to %zu characters", room - 1);
+    else
         arguments->socket = optarg;
-    } else if (option == OPTION_JSON) {
+    return arguments->socket == optarg;
+}
+
+static bool take(const struct ctl_command *command, struct ctl_arguments *arguments, int option)
+{
+    if (option == OPTION_SOCKET)
+        return take_socket(command, arguments);
+    if (option == OPTION_JSON) {
         arguments->json = true;
     } else {
         struct ctl_values *repeated = &arguments->repeated[option];
 
-        if (command->options[option].repeats)
+        if (command->options[option].repeats) {
             repeated->at[repeated->count++] = optarg;
+        } else if (optarg && arguments->value[option]) {
+            complain(command, "--%s is given twice", command->options[option].name);
+            return false;
+        }
         arguments->value[option] = optarg ? optarg : "";
     }
+    return true;
+}
+
+/* getopt_long() has come to a word that it does not understand. */
+static void complain_about_option(const struct ctl_command *command, char **argv, int option)
+{
+    if (option == ':')
+        complain(command, "%s needs a value", argv[optind - 1]);
+    else if (optopt >= ' ')
+        complain(command, "there is no option -%c", optopt);
+    else
+        complain(command, "'%s' is none of its options", argv[optind - 1]);
 }
 
 /* Room for the values of options that repeat: no more than there are words. */
@@ -106,9 +150,10 @@ static bool check_operands(const struct ctl_command *command, const struct ctl_a
     if (arguments->operand_count >= command->operands_min &&
         arguments->operand_count <= command->operands_max)
         return true;
-    ctl_say("%s: %s", command->name,
-            arguments->operand_count < command->operands_min ? "something is missing"
-                                                             : "too many words");
+    if (arguments->operand_count < command->operands_min)
+        complain(command, "something is missing: it wants %s", command->operands);
+    else
+        complain(command, "'%s' is a word too many", arguments->operands[command->operands_max]);
     return false;
 }
 
@@ -119,11 +164,11 @@ static bool walk(const struct ctl_command *command, const struct option *table, 
     int option;
 
     *ret_status = CTL_USAGE;
-    opterr = 1;
+    opterr = 0;
     /* "+": the words of a wrapped program are not ours, even if they look so. */
-    while ((option = getopt_long(argc, argv, command->wraps ? "+" : "", table, NULL)) != -1) {
-        if (option == '?') {
-            print_usage(stderr, command);
+    while ((option = getopt_long(argc, argv, command->wraps ? "+:" : ":", table, NULL)) != -1) {
+        if (option == '?' || option == ':') {
+            complain_about_option(command, argv, option);
             return false;
         }
         if (option == OPTION_HELP || option == OPTION_VERSION) {
@@ -134,33 +179,30 @@ static bool walk(const struct ctl_command *command, const struct option *table, 
             *ret_status = CTL_DONE;
             return false;
         }
-        take(command, arguments, option);
+        if (!take(command, arguments, option))
+            return false;
     }
     arguments->operands = argv + optind;
     arguments->operand_count = (size_t)(argc - optind);
-    if (check_operands(command, arguments))
-        return true;
-    print_usage(stderr, command);
-    return false;
+    return check_operands(command, arguments);
 }
 
 bool ctl_options_read(const struct ctl_command *command, int argc, char **argv,
                       struct ctl_arguments *ret_arguments, enum ctl_status *ret_status)
 {
     struct option *table = make_getopt_table(command);
-    char *name = argv[0];
     bool go_on;
 
-    *ret_arguments = (struct ctl_arguments){.socket = default_socket()};
+    *ret_arguments = (struct ctl_arguments){.socket = NULL};
     if (!table || !make_room(command, argc, ret_arguments)) {
         ctl_say("no memory");
         free(table);
         *ret_status = CTL_FAILED;
         return false;
     }
-    argv[0] = "memctl"; /* the name that getopt_long() complains under */
     go_on = walk(command, table, argc, argv, ret_arguments, ret_status);
-    argv[0] = name;
+    if (!ret_arguments->socket)
+        ret_arguments->socket = default_socket();
     free(table);
     return go_on;
 }

@@ -39,7 +39,16 @@
 #define VMM_NAME_CHARS 31
 #define SHARES_MAX     1000000
 
-enum { RUN_NAME, RUN_MAX, RUN_MIN, RUN_SHARES, RUN_DOMAIN, RUN_DRY_RUN, RUN_NO_MIGRATE };
+enum {
+    RUN_NAME,
+    RUN_MAX,
+    RUN_MIN,
+    RUN_SHARES,
+    RUN_DOMAIN,
+    RUN_DRY_RUN,
+    RUN_INCOMING,
+    RUN_NO_MIGRATE
+};
 
 const struct ctl_option ctl_run_options[] = {
     [RUN_NAME] = {.name = "name", .value = "NAME", .help = "the guest's name (needed)"},
@@ -50,6 +59,7 @@ const struct ctl_option ctl_run_options[] = {
                     .value = "DOMAIN",
                     .help = "share with guests of this domain"},
     [RUN_DRY_RUN] = {.name = "dry-run", .help = "print the command, and start nothing"},
+    [RUN_INCOMING] = {.name = "incoming", .help = "wait for a guest from another host"},
     [RUN_NO_MIGRATE] = {.name = "no-migrate", .help = "leave the guest's RAM where QEMU puts it"},
     {0},
 };
@@ -61,6 +71,7 @@ struct run {
     char *path;
     char *library; /* libmemd-preload.so */
     bool linked;   /* the VMM brings the agent itself: it is only told of memd */
+    bool script;   /* which may end while the VMM that it started goes on */
     bool agent;    /* there can be one; else: */
     char reason[IMAGE_REASON_CHARS + PATH_MAX];
     bool qemu;
@@ -79,9 +90,9 @@ static bool read_size_option(const struct run *run, int option, uint64_t *ret_by
 {
     const char *text = run->arguments->value[option];
 
-    if (!text || ctl_value_size(text, ret_bytes) == 0)
+    if (!text || (ctl_value_size(text, ret_bytes) == 0 && (*ret_bytes || option == RUN_MIN)))
         return true;
-    ctl_say("--%s: '%s' is no size (a number with K, M, G or T)", ctl_run_options[option].name,
+    ctl_say("--%s: '%s' is no size: give more than 0, as 512M or 2G", ctl_run_options[option].name,
             text);
     return false;
 }
@@ -90,15 +101,20 @@ static enum ctl_status read_options(struct run *run)
 {
     const char *name = run->arguments->value[RUN_NAME];
     const char *shares = run->arguments->value[RUN_SHARES];
+    const char *domain = run->arguments->value[RUN_DOMAIN];
 
     if (!name) {
         ctl_say("run: the guest needs a --name");
         return CTL_USAGE;
     }
-    if (!ctl_value_is_guest_name(name)) {
-        ctl_say("'%s' is no name for a guest: up to 63 letters, digits and . _ -, the first one a "
-                "letter or a digit",
-                name);
+    if (!ctl_value_check_guest_name(name))
+        return CTL_USAGE;
+    if (domain && *domain && !ctl_value_is_guest_name(domain)) {
+        ctl_say("--domain: '%s' is no name for a domain", domain);
+        return CTL_USAGE;
+    }
+    if (run->arguments->operands[0][0] == '\0') {
+        ctl_say("run: the name of the VMM is empty");
         return CTL_USAGE;
     }
     if (!read_size_option(run, RUN_MAX, &run->max_bytes) ||
@@ -132,7 +148,7 @@ static enum ctl_status find_vmm(struct run *run)
     run->vmm_argv = run->arguments->operands;
     error = ctl_image_find(run->vmm_argv[0], &run->path);
     if (error == 0)
-        error = ctl_image_inspect(run->path, reason, &run->linked);
+        error = ctl_image_inspect(run->path, reason, &run->linked, &run->script);
     if (error < 0) {
         ctl_say("%s can't be started: %s", run->vmm_argv[0], strerror(-error));
         return CTL_FAILED;
@@ -146,6 +162,24 @@ static enum ctl_status find_vmm(struct run *run)
 }
 
 /* ---- 2. QEMU ---- */
+
+/* A guest that is to come here finds its memory in the agent, or nowhere. */
+static enum ctl_status check_incoming(const struct run *run)
+{
+    if (!run->arguments->value[RUN_INCOMING])
+        return CTL_DONE;
+    if (!run->agent || run->arguments->value[RUN_NO_MIGRATE] || (run->qemu && !run->put_ram)) {
+        ctl_say("run: no guest can come here: %s", !run->agent ? run->reason
+                                                   : run->arguments->value[RUN_NO_MIGRATE]
+                                                       ? "--no-migrate"
+                                                       : "memd can't bring its RAM");
+        return run->agent && run->arguments->value[RUN_NO_MIGRATE] ? CTL_USAGE : CTL_FAILED;
+    }
+    if (!run->line.incoming)
+        return CTL_DONE;
+    ctl_say("run: --incoming adds QEMU's -incoming by itself");
+    return CTL_USAGE;
+}
 
 static bool on_tmpfs(const char *directory)
 {
@@ -188,8 +222,13 @@ static bool place_qmp(struct run *run, const char *directory, int length)
 static void choose_qmp(struct run *run)
 {
     const char *socket = run->arguments->socket, *slash = strrchr(socket, '/');
-    const char *runtime = getenv("XDG_RUNTIME_DIR");
+    const char *runtime = getenv("XDG_RUNTIME_DIR"), *given = getenv("MEMD_QMP");
 
+    if (run->arguments->value[RUN_INCOMING] && given && *given &&
+        strlen(given) < sizeof(run->qmp_path)) {
+        strcpy(run->qmp_path, given);
+        return;
+    }
     if (place_qmp(run, slash ? socket : ".", slash ? (int)(slash - socket) + 1 : 1))
         return;
     if (runtime && place_qmp(run, runtime, (int)strlen(runtime)))
@@ -239,7 +278,7 @@ static enum ctl_status read_vmm(struct run *run)
         ctl_say("run: --min is more than --max");
         return CTL_USAGE;
     }
-    return CTL_DONE;
+    return check_incoming(run);
 }
 
 /* ---- 3. registration ---- */
@@ -270,6 +309,8 @@ static json_t *make_registration(const struct run *run)
         json_object_set_new(body, "shares", json_integer((json_int_t)run->shares));
     if (domain)
         json_object_set_new(body, "domain", json_string(domain));
+    if (run->qemu ? run->line.daemonizes : run->script)
+        json_object_set_new(body, "daemonizes", json_true());
     if (run->qmp_path[0])
         json_object_set_new(body, "qmp", json_string(run->qmp_path));
     return body;
@@ -334,6 +375,7 @@ static enum ctl_status prepare(struct run *run, bool agent, const char *socket, 
     struct qemu_extras extras = {
         .qmp_path = run->qmp_path[0] ? run->qmp_path : NULL,
         .ram_directory = agent && run->put_ram ? RAM_DIRECTORY : NULL,
+        .incoming = run->qemu && run->arguments->value[RUN_INCOMING],
     };
 
     if (qemu_cmdline_extend(&run->line, &extras, run->vmm_argv, &run->argv) < 0 ||
@@ -355,7 +397,8 @@ static void offer_to_kernel(const struct run *run)
 
 static enum ctl_status start(const struct run *run)
 {
-    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR"};
+    static const char *const ours[] = {"MEMD_AGENT_SOCKET", "MEMD_TOKEN", "MEMD_RAM_DIR",
+                                       "MEMD_QMP"};
 
     for (size_t i = 0; i < sizeof(ours) / sizeof(ours[0]); i++)
         unsetenv(ours[i]); /* of a VMM that we were started from */
@@ -367,6 +410,20 @@ static enum ctl_status start(const struct run *run)
     return CTL_FAILED;
 }
 
+/* memd itself has started us, for a guest that is on its way and registered. */
+static bool is_expected(const struct run *run)
+{
+    return run->arguments->value[RUN_INCOMING] && getenv("MEMD_TOKEN") &&
+           getenv("MEMD_AGENT_SOCKET");
+}
+
+static enum ctl_status start_expected(struct run *run)
+{
+    enum ctl_status status = prepare(run, true, getenv("MEMD_AGENT_SOCKET"), getenv("MEMD_TOKEN"));
+
+    return status == CTL_DONE ? start(run) : status;
+}
+
 static enum ctl_status register_and_start(struct run *run)
 {
     json_t *answer = NULL;
@@ -376,10 +433,15 @@ static enum ctl_status register_and_start(struct run *run)
 
     if (status != CTL_DONE)
         return status;
-    if (run->agent && !agent)
+    if (run->agent && !agent && run->arguments->value[RUN_INCOMING]) {
+        ctl_say("run: no guest can come here: memd uses no agents on this host");
+        status = CTL_FAILED;
+    } else if (run->agent && !agent) {
         ctl_say("memd uses no agents on this host: the guest is started without one");
-    status =
-        prepare(run, agent, ctl_json_text(answer, "agent_socket"), ctl_json_text(answer, "token"));
+    }
+    if (status == CTL_DONE)
+        status = prepare(run, agent, ctl_json_text(answer, "agent_socket"),
+                         ctl_json_text(answer, "token"));
     if (status == CTL_DONE && strcmp(engine, "kernel") == 0)
         offer_to_kernel(run);
     json_decref(answer);
@@ -489,7 +551,9 @@ enum ctl_status ctl_run_run(const struct ctl_arguments *arguments)
     if (status == CTL_DONE && !run.agent)
         ctl_say("%s", run.reason);
     if (status == CTL_DONE)
-        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run) : register_and_start(&run);
+        status = arguments->value[RUN_DRY_RUN] ? dry_run(&run)
+                 : is_expected(&run)           ? start_expected(&run)
+                                               : register_and_start(&run);
     free_run(&run);
     return status;
 }

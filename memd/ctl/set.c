@@ -12,12 +12,14 @@
 static const struct setting {
     const char *key;
     const char *member;
-    enum { SETTING_SIZE, SETTING_NUMBER, SETTING_TEXT } kind;
+    enum { SETTING_SIZE, SETTING_NUMBER, SETTING_NAME } kind;
+    uint64_t least;
+    const char *wanted; /* for who gave something else */
 } settings[] = {
-    {"max", "max_bytes", SETTING_SIZE},
-    {"min", "min_bytes", SETTING_SIZE},
-    {"shares", "shares", SETTING_NUMBER},
-    {"domain", "domain", SETTING_TEXT},
+    {"max", "max_bytes", SETTING_SIZE, 1, "a size above 0, as 512M or 2G"},
+    {"min", "min_bytes", SETTING_SIZE, 0, "a size, as 512M or 2G"},
+    {"shares", "shares", SETTING_NUMBER, 1, "a number from 1 to 1000000"},
+    {"domain", "domain", SETTING_NAME, 0, "the name of a domain of memd.conf, or nothing"},
 };
 
 static const struct setting *find_setting(const char *word, size_t length)
@@ -34,13 +36,13 @@ static json_t *read_value(const struct setting *setting, const char *text)
     uint64_t number;
     int error;
 
-    if (setting->kind == SETTING_TEXT)
-        return json_string(text);
+    if (setting->kind == SETTING_NAME)
+        return !*text || ctl_value_is_guest_name(text) ? json_string(text) : NULL;
     if (setting->kind == SETTING_SIZE)
         error = ctl_value_size(text, &number);
     else
         error = ctl_value_number(text, SHARES_MAX, &number);
-    return error < 0 ? NULL : json_integer((json_int_t)number);
+    return error < 0 || number < setting->least ? NULL : json_integer((json_int_t)number);
 }
 
 /* Puts "key=value" into `body`; complains and returns false when it is none. */
@@ -54,9 +56,13 @@ static bool take_word(json_t *body, const char *word)
         ctl_say("set: '%s' is none of max=SIZE, min=SIZE, shares=NUMBER, domain=DOMAIN", word);
         return false;
     }
+    if (json_object_get(body, setting->member)) {
+        ctl_say("set: %s is given twice; keep one", setting->key);
+        return false;
+    }
     value = read_value(setting, equals + 1);
     if (!value) {
-        ctl_say("set: '%s' is no value for %s", equals + 1, setting->key);
+        ctl_say("set: '%s' is no value for %s: give %s", equals + 1, setting->key, setting->wanted);
         return false;
     }
     json_object_set_new(body, setting->member, value);
@@ -66,10 +72,8 @@ static bool take_word(json_t *body, const char *word)
 /* The guest's path, or false with words. */
 static bool guest_path(const char *name, char path[128])
 {
-    if (!ctl_value_is_guest_name(name)) {
-        ctl_say("'%s' is no guest's name", name);
+    if (!ctl_value_check_guest_name(name))
         return false;
-    }
     snprintf(path, 128, "/v1/guests/%s", name);
     return true;
 }

@@ -66,6 +66,16 @@ int ctl_value_number(const char *text, uint64_t most, uint64_t *ret_number)
     return 0;
 }
 
+bool ctl_value_check_guest_name(const char *text)
+{
+    if (ctl_value_is_guest_name(text))
+        return true;
+    ctl_say("'%s' is no name for a guest: up to 63 letters, digits and . _ -, the first one a "
+            "letter or a digit",
+            text);
+    return false;
+}
+
 bool ctl_value_is_guest_name(const char *text)
 {
     static const char allowed[] =

@@ -35,23 +35,34 @@ static uint32_t count_shared(const struct ram_block *block, uint32_t index, uint
     return shared;
 }
 
+static uint32_t count_remote(const struct ram_block *block, uint32_t index, uint32_t end)
+{
+    uint32_t remote = 0;
+
+    if (block->counts[PLACE_REMOTE] == 0)
+        return 0;
+    for (uint32_t i = index; i < end; i++)
+        remote += ram_place(block, i) == PLACE_REMOTE;
+    return remote;
+}
+
 /* Where nothing else can be mapped: the kernel copies each page as the zeros are written to it.
- * Only on a thread of the VMM, which may touch guest RAM. */
+ * Only on a thread of the VMM, which may touch guest RAM. Page by page: not all may be registered,
+ * and who writes to a page that is still protected waits for the lock that we hold. */
 static int zero_in_place(struct guest_ram *ram, struct ram_block *block, uint32_t index,
                          uint32_t pages)
 {
-    int r =
-        uffd_protect(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES, false);
-
-    if (r < 0 && r != -ENOENT) /* not registered: nothing is protected there */
-        return r;
     for (uint32_t i = index; i < index + pages; i++) {
+        int r = uffd_protect(ram->store_fd, ram_address(block, i), PAGE_BYTES, false);
+
+        if (r < 0 && r != -ENOENT) /* not registered: it is not protected */
+            return r;
         memset(ram_address(block, i), 0, PAGE_BYTES);
         if (ram_place(block, i) == PLACE_SHARED)
             ram_move_places(ram, block, i, 1, TRANSITION_BREAK);
         ram_set_captive(block, i, true);
+        uffd_wake(ram->store_fd, ram_address(block, i), PAGE_BYTES);
     }
-    uffd_wake(ram->store_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES);
     return 0;
 }
 
@@ -59,15 +70,19 @@ static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint
                             uint32_t pages)
 {
     bool arm = block->chunks[ram_chunk_of(block, index)].state == CHUNK_ARMED;
-    uint32_t shared = count_shared(block, index, pages);
-    int r = remap_to_absent(ram, block, index, pages, arm);
+    uint32_t ended = count_shared(block, index, pages);
+    int r = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, pages)))
+        r = remap_to_absent(ram, block, index, pages, arm);
     if (r < 0)
         r = zero_in_place(ram, block, index, pages);
-    if (r == 0 && shared) {
+    ended -= count_shared(block, index, pages);
+    if (ended) {
         ram_note_broken(ram, block, index, pages);
-        ram->unmerges -= pages - shared; /* captives had ended before */
-        ram->discards += shared;
+        /* Captives had ended before, and after an error some have not. */
+        __atomic_sub_fetch(&ram->unmerges, pages - ended, __ATOMIC_RELAXED);
+        __atomic_add_fetch(&ram->discards, ended, __ATOMIC_RELAXED);
     }
     return r;
 }
@@ -75,16 +90,22 @@ static int discard_in_store(struct guest_ram *ram, struct ram_block *block, uint
 static int discard_private(struct guest_ram *ram, struct ram_block *block, uint32_t index,
                            uint32_t pages, int advice)
 {
+    bool had_remote = count_remote(block, index, index + pages) > 0;
     int r = sys_madvise(ram_address(block, index), (size_t)pages * PAGE_BYTES, advice);
 
     /* After MADV_FREE the bytes may still be there: the next scan finds out. */
-    if (r == 0 && advice != MADV_FREE)
-        ram_move_places(ram, block, index, pages, TRANSITION_DISCARD);
-    return r;
+    if (r < 0 || advice == MADV_FREE)
+        return r;
+    ram_move_places(ram, block, index, pages, TRANSITION_DISCARD);
+    if (had_remote) /* who waits for one of them gets zeros; its bytes, should they come, nobody */
+        uffd_wake(ram->guest_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    return 0;
 }
 
 /* Some of the chunk may have been let go, and a hole there would read as zeros: what can't be
- * registered again must not be frozen any more. */
+ * registered again must not be frozen any more. Page by page where a run is refused: a captive page
+ * must not be registered either, or it could be a hole that waits for the handler while zeros are
+ * written to it. */
 static void stay_armed(struct guest_ram *ram, struct ram_block *block, uint32_t first, uint32_t end)
 {
     for (uint32_t i = first, run; i < end; i += run) {
@@ -93,7 +114,8 @@ static void stay_armed(struct guest_ram *ram, struct ram_block *block, uint32_t 
         if (store || remap_arm(ram, block, i, run) == 0)
             continue;
         for (uint32_t k = i; k < i + run; k++)
-            ram_set_captive(block, k, true);
+            if (remap_arm(ram, block, k, 1) < 0)
+                ram_set_captive(block, k, true);
     }
 }
 
@@ -104,6 +126,8 @@ void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
     uint32_t first = ram_chunk_first(block, c);
     uint32_t end = ram_chunk_end(block, c);
 
+    if (count_remote(block, first, end) > 0)
+        return; /* they would become zeros */
     for (uint32_t i = first, run; i < end; i += run) {
         bool store = in_store(block, i);
         int r;
@@ -194,7 +218,7 @@ uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_
 void discard_forget(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     for (uint32_t i = index; i < index + pages; i++) {
-        if (!in_store(block, i))
+        if (!in_store(block, i) && ram_place(block, i) != PLACE_REMOTE)
             continue;
         if (ram_place(block, i) == PLACE_SHARED)
             ram_note_broken(ram, block, i, 1);
@@ -223,8 +247,9 @@ uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block, uint
 {
     /* Armed, though that is taken back below: where some can't be made private the chunk stays
      * armed, and in an armed chunk everything that may be frozen is registered. */
-    uint32_t left =
-        unshare(ram, block, ram_chunk_first(block, c), ram_chunk_end(block, c), SLOT_NONE);
+    uint32_t first = ram_chunk_first(block, c);
+    uint32_t end = ram_chunk_end(block, c);
+    uint32_t left = unshare(ram, block, first, end, SLOT_NONE) + count_remote(block, first, end);
 
     if (left == 0 && block->chunks[c].state == CHUNK_ARMED)
         discard_disarm(ram, block, c, CHUNK_EMPTY);

@@ -26,7 +26,8 @@ int discard_pages(struct guest_ram *ram, struct ram_block *block, uint32_t index
  * Makes every shared page of chunk `c` private and takes its registration away, so that it is as
  * the VMM made it but for what it holds. Caller holds the lock and has set the block's `resting`.
  * Returns how many pages could not be made private (no memory, no VMA: they stay as they are, and
- * right), 0 when all is done. Captive pages are private already and stay where they are.
+ * right; nor could those that are still at a migration source), 0 when all is done. Captive pages
+ * are private already and stay where they are.
  */
 uint32_t discard_stand_down(struct guest_ram *ram, struct ram_block *block, uint32_t c);
 
@@ -47,7 +48,7 @@ uint32_t discard_segment(struct guest_ram *ram, struct ram_block *block, uint32_
                          uint32_t segment);
 
 /* Takes an armed chunk's registration away. Its places must have no shared page. Where the kernel
- * has no VMA for that, the chunk stays armed. */
+ * has no VMA for that, or pages of it are remote, the chunk stays armed. */
 void discard_disarm(struct guest_ram *ram, struct ram_block *block, uint32_t c,
                     enum chunk_state state);
 

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "freeze.h"
 #include "remap.h"
 #include "uffd.h"
 
@@ -29,32 +30,32 @@ static uint64_t now_ns(void)
     return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
 }
 
-static void record_time(struct fault_handler *handler, uint64_t ns)
+void fault_record(struct fault_times *times, uint64_t ns)
 {
     uint64_t us = ns / 1000;
     uint32_t whole = us ? 63 - (uint32_t)__builtin_clzll(us) : 0;
     uint32_t quarter = whole >= 2 ? (uint32_t)(us >> (whole - 2)) & 3 : 0;
     uint32_t bucket = whole * 4 + quarter;
 
-    handler->count++;
-    handler->buckets[bucket < FAULT_BUCKETS ? bucket : FAULT_BUCKETS - 1]++;
-    if (us > handler->max_us)
-        handler->max_us = us;
+    times->count++;
+    times->buckets[bucket < FAULT_BUCKETS ? bucket : FAULT_BUCKETS - 1]++;
+    if (us > times->max_us)
+        times->max_us = us;
 }
 
-uint32_t fault_quantile_us(const struct fault_handler *handler, double fraction)
+uint32_t fault_quantile_us(const struct fault_times *times, double fraction)
 {
     uint64_t below = 0;
-    double wanted = fraction * (double)handler->count;
+    double wanted = fraction * (double)times->count;
 
     for (uint32_t b = 0; b < FAULT_BUCKETS; b++) {
-        below += handler->buckets[b];
-        if (handler->buckets[b] && (double)below >= wanted) {
+        below += times->buckets[b];
+        if (times->buckets[b] && (double)below >= wanted) {
             uint64_t upper = (4ULL + b % 4 + 1) << (b / 4) >> 2;
-            return (uint32_t)(upper < handler->max_us ? upper : handler->max_us);
+            return (uint32_t)(upper < times->max_us ? upper : times->max_us);
         }
     }
-    return (uint32_t)handler->max_us;
+    return (uint32_t)times->max_us;
 }
 
 /* Faults that follow each other are served in growing windows. */
@@ -115,9 +116,11 @@ static void place_fetched(struct fault_handler *handler, struct ram_block *block
     uint8_t *at = ram_address(block, index);
     const void *bytes;
     long placed;
+    int r = source->fetch ? source->fetch(source->self, block, index, 1, &bytes) : -ENOENT;
 
-    if (!source->fetch || source->fetch(source->self, block, index, 1, &bytes) < 1)
-        return; /* the guest waits on: there is no such page to show it */
+    handler->in_progress = r == -EINPROGRESS;
+    if (r < 1)
+        return; /* the guest waits on: there is no such page to show it, or not yet */
     placed = uffd_copy(ram->guest_fd, at, bytes, PAGE_BYTES, true);
     if (placed != (long)PAGE_BYTES)
         uffd_wake(ram->guest_fd, at, PAGE_BYTES);
@@ -145,7 +148,11 @@ void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
     uint32_t index;
 
     if (!block) {
-        uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
+        /* A frozen page that the VMM had given up with MADV_FREE may be dropped by the kernel at
+         * any moment. Its bytes are zeros then; who looks at it holds a block's lock. */
+        if (!freeze_is_staging(handler->ram, page) ||
+            uffd_copy(handler->ram->guest_fd, page, zeros, PAGE_BYTES, true) < 0)
+            uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
         return;
     }
     lock_take(&block->lock);
@@ -172,8 +179,10 @@ static void break_share(struct fault_handler *handler, struct ram_block *block, 
     struct guest_ram *ram = handler->ram;
     uint32_t window = next_window(handler, block, index);
     uint32_t run = same_place(block, index, window, PLACE_SHARED);
-    int broken = remap_to_private(ram, block, index, run, true);
+    int broken = -ENOMEM;
 
+    if (ram_may_spend(ram, ram_split_cost(block, index, run)))
+        broken = remap_to_private(ram, block, index, run, true);
     if (broken < 0) {
         ram_move_places(ram, block, index, 1, TRANSITION_BREAK);
         ram_set_captive(block, index, true);
@@ -219,30 +228,63 @@ static void drain(struct fault_handler *handler, int fd,
     for (long i = 0; i < got / (long)sizeof(messages[0]); i++) {
         if (messages[i].event != UFFD_EVENT_PAGEFAULT)
             continue;
+        handler->in_progress = false;
         serve(handler, messages[i].arg.pagefault.address);
-        record_time(handler, now_ns() - start);
+        if (!handler->in_progress)
+            fault_record(&handler->times, now_ns() - start);
     }
 }
 
 static void *run(void *context)
 {
     struct fault_handler *handler = context;
-    struct pollfd polled[3];
+    struct pollfd polled[4];
+    uint64_t nudges;
 
     __atomic_store_n(&handler->tid, (uint32_t)sys_call0(SYS_gettid), __ATOMIC_RELEASE);
     while (!__atomic_load_n(&handler->open, __ATOMIC_ACQUIRE))
         sys_call4(SYS_futex, &handler->open, FUTEX_WAIT_PRIVATE, 0, NULL);
     polled[0] = (struct pollfd){.fd = handler->ram->store_fd, .events = POLLIN};
     polled[1] = (struct pollfd){.fd = handler->ram->guest_fd, .events = POLLIN};
-    polled[2] = (struct pollfd){.fd = handler->stop_fd, .events = POLLIN};
-    while (!(polled[2].revents & POLLIN)) {
-        sys_call5(SYS_ppoll, polled, 3, NULL, NULL, 8);
+    polled[2] = (struct pollfd){.fd = handler->nudge_fd, .events = POLLIN};
+    while (!__atomic_load_n(&handler->stop, __ATOMIC_ACQUIRE)) {
+        const struct fault_side *side = __atomic_load_n(&handler->side, __ATOMIC_SEQ_CST);
+
+        polled[3] = (struct pollfd){.fd = -1};
+        if (side)
+            polled[3].fd = side->prepare(side->self, &polled[3].events);
+        sys_call5(SYS_ppoll, polled, 4, NULL, NULL, 8);
+        if (polled[2].revents & POLLIN)
+            sys_read(handler->nudge_fd, &nudges, sizeof(nudges));
         if (polled[0].revents & POLLIN)
             drain(handler, polled[0].fd, fault_serve_write);
         if (polled[1].revents & POLLIN)
             drain(handler, polled[1].fd, fault_serve_missing);
+        if (side && polled[3].revents)
+            side->ready(side->self, polled[3].revents);
+        __atomic_add_fetch(&handler->turns, 1, __ATOMIC_SEQ_CST);
     }
     return NULL;
+}
+
+void fault_nudge(struct fault_handler *handler)
+{
+    uint64_t one = 1;
+
+    sys_call3(SYS_write, handler->nudge_fd, &one, sizeof(one));
+}
+
+void fault_set_side(struct fault_handler *handler, const struct fault_side *side)
+{
+    uint32_t turns;
+
+    __atomic_store_n(&handler->side, side, __ATOMIC_SEQ_CST);
+    turns = __atomic_load_n(&handler->turns, __ATOMIC_SEQ_CST);
+    /* The turn that is under way may have the old one, the next one has not. */
+    while (__atomic_load_n(&handler->turns, __ATOMIC_SEQ_CST) == turns) {
+        fault_nudge(handler);
+        sys_call0(SYS_sched_yield);
+    }
 }
 
 int fault_start(struct fault_handler *handler, struct guest_ram *ram)
@@ -252,15 +294,15 @@ int fault_start(struct fault_handler *handler, struct guest_ram *ram)
     int r;
 
     handler->ram = ram;
-    handler->stop_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (handler->stop_fd < 0)
-        return handler->stop_fd;
+    handler->nudge_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (handler->nudge_fd < 0)
+        return handler->nudge_fd;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     r = pthread_create(&handler->thread, NULL, run, handler);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (r) {
-        sys_close(handler->stop_fd);
+        sys_close(handler->nudge_fd);
         return -r;
     }
     pthread_getcpuclockid(handler->thread, &handler->cpu_clock);
@@ -277,10 +319,9 @@ void fault_open(struct fault_handler *handler)
 
 void fault_stop(struct fault_handler *handler)
 {
-    uint64_t one = 1;
-
-    sys_call3(SYS_write, handler->stop_fd, &one, sizeof(one));
+    __atomic_store_n(&handler->stop, 1, __ATOMIC_RELEASE);
+    fault_nudge(handler);
     fault_open(handler);
     pthread_join(handler->thread, NULL);
-    sys_close(handler->stop_fd);
+    sys_close(handler->nudge_fd);
 }

@@ -27,6 +27,12 @@ static uint8_t *map_staging(uint8_t *at, size_t bytes)
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0), -1, 0);
 }
 
+/* Read by the fault handler too. */
+static void set_huge_staging(struct guest_ram *ram, uint8_t *at)
+{
+    __atomic_store_n(&ram->huge_staging, at, __ATOMIC_RELEASE);
+}
+
 /* Without it everything works, huge pages are split. */
 static void open_huge_staging(struct guest_ram *ram)
 {
@@ -42,7 +48,7 @@ static void open_huge_staging(struct guest_ram *ram)
     if (prepare_staging(ram, at, HUGE_BYTES) < 0)
         sys_munmap(at, HUGE_BYTES);
     else
-        ram->huge_staging = at;
+        set_huge_staging(ram, at);
 }
 
 int freeze_open(struct guest_ram *ram, const char **ret_reason)
@@ -71,10 +77,26 @@ void freeze_close(struct guest_ram *ram)
         sys_munmap(ram->staging, FREEZE_MAX_PAGES * PAGE_BYTES);
     if (ram->huge_staging)
         sys_munmap(ram->huge_staging, HUGE_BYTES);
-    ram->staging = ram->huge_staging = NULL;
+    ram->staging = NULL;
+    set_huge_staging(ram, NULL);
 }
 
-/* ---- freeze ---- */
+bool freeze_is_staging(const struct guest_ram *ram, const uint8_t *page)
+{
+    const uint8_t *huge = __atomic_load_n(&ram->huge_staging, __ATOMIC_ACQUIRE);
+
+    return (page >= ram->staging && page < ram->staging + FREEZE_MAX_PAGES * PAGE_BYTES) ||
+           (huge && page >= huge && page < huge + HUGE_BYTES);
+}
+
+void freeze_disarm(struct guest_ram *ram)
+{
+    uint8_t *huge = __atomic_load_n(&ram->huge_staging, __ATOMIC_ACQUIRE);
+
+    uffd_unregister(ram->guest_fd, ram->staging, FREEZE_MAX_PAGES * PAGE_BYTES);
+    if (huge)
+        uffd_unregister(ram->guest_fd, huge, HUGE_BYTES);
+}
 
 static bool is_huge(const struct guest_ram *ram, const uint8_t *at)
 {
@@ -116,30 +138,71 @@ static void empty_huge(struct guest_ram *ram)
         prepare_staging(ram, ram->huge_staging, HUGE_BYTES) == 0)
         return;
     sys_munmap(ram->huge_staging, HUGE_BYTES);
-    ram->huge_staging = NULL;
+    set_huge_staging(ram, NULL);
 }
 
-int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
-{
-    long moved;
+/* ---- move ---- */
 
-    empty_huge(ram);
-    if (pages >= HUGE_PAGES && freeze_is_huge(ram, block, index)) {
-        pages = HUGE_PAGES;
-        ram->frozen = ram->huge_staging;
-    } else {
-        if (pages > FREEZE_MAX_PAGES)
-            pages = FREEZE_MAX_PAGES;
-        if (ram->staged + pages > FREEZE_MAX_PAGES)
-            freeze_empty(ram);
-        ram->frozen = ram->staging + ram->staged * PAGE_BYTES;
-    }
-    moved = uffd_move(ram->guest_fd, ram->frozen, ram_address(block, index), pages * PAGE_BYTES);
-    if (ram->frozen == ram->huge_staging) {
-        ram->huge_staged = true; /* also by an attempt that failed: page tables may be left of it */
-        ram->huge_freezes += moved == (long)HUGE_BYTES;
-    }
-    return moved < 0 ? (int)moved : (int)(moved / (long)PAGE_BYTES);
+/* The first pages of [from, end) that are there, in memory or in swap. 1, 0 where there are none,
+ * or -errno. */
+static int find_present(const struct guest_ram *ram, uintptr_t from, uintptr_t end,
+                        struct page_region *ret_found)
+{
+    struct pm_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = from,
+        .end = end,
+        .vec = (uintptr_t)ret_found,
+        .vec_len = 1,
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+    };
+
+    /* No return_mask: regions are of one kind, and any page may be swapped, or look so while the
+     * kernel moves it about (compaction). */
+    return sys_ioctl(ram->pagemap_fd, PAGEMAP_SCAN, &scan);
+}
+
+/* How much of what was to be moved has come: all up to the last page that is there (the kernel may
+ * have dropped one before that, if the guest had given it up by MADV_FREE), but nothing from the
+ * first page on that is still where it was. */
+static long bytes_moved(const struct guest_ram *ram, const uint8_t *to, const uint8_t *from,
+                        size_t bytes)
+{
+    uintptr_t end = (uintptr_t)to;
+    struct page_region found;
+    size_t moved;
+    int r;
+
+    while (end < (uintptr_t)to + bytes && find_present(ram, end, (uintptr_t)to + bytes, &found) > 0)
+        end = (uintptr_t)found.end;
+    moved = end - (uintptr_t)to;
+    if (moved == 0)
+        return 0;
+    r = find_present(ram, (uintptr_t)from, (uintptr_t)from + moved, &found);
+    if (r < 0)
+        return r;
+    return r == 0 ? (long)moved : (long)(found.start - (uintptr_t)from);
+}
+
+/*
+ * UFFDIO_MOVE to where nothing is. Returns the bytes that were moved, or -errno when none were.
+ *
+ * What the kernel says is not to be relied on unless it says "all". Linux 6.18 moves runs of pages
+ * at once; when one run had to be tried again (a page table entry changed under it, as when its
+ * accessed bit is cleared: reclaim, DAMON, MADV_COLD do that), move_pages() in mm/userfaultfd.c
+ * keeps that run's -EAGAIN, goes on, and does not count what it moves from then on. It was seen to
+ * say 8 pages, and EEXIST, when it had moved 64. So where it says less, it is looked at what came.
+ * A huge page that was split before it could be moved goes the same way.
+ */
+static long move(const struct guest_ram *ram, uint8_t *to, uint8_t *from, size_t bytes)
+{
+    long moved = uffd_move(ram->guest_fd, to, from, bytes);
+    long came;
+
+    if (moved == (long)bytes)
+        return moved;
+    came = bytes_moved(ram, to, from, bytes);
+    return came > 0 && came > moved ? came : moved;
 }
 
 /* ---- thaw ---- */
@@ -156,15 +219,15 @@ static void copy_back(struct guest_ram *ram, uint8_t *to, const uint8_t *from)
     }
 }
 
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages)
 {
     uint8_t *to = ram_address(block, index);
-    uint8_t *from = freeze_bytes(ram, staged);
+    uint8_t *from = freeze_bytes(ram, first);
     size_t left = (size_t)pages * PAGE_BYTES;
 
     while (left > 0) {
-        long moved = uffd_move(ram->guest_fd, to, from, left);
+        long moved = move(ram, to, from, left);
         if (moved <= 0) {
             copy_back(ram, to, from);
             moved = (long)PAGE_BYTES;
@@ -188,6 +251,46 @@ void freeze_empty(struct guest_ram *ram)
     if (ram->staged > 0)
         sys_madvise(ram->staging, ram->staged * PAGE_BYTES, MADV_DONTNEED);
     ram->staged = 0;
+}
+
+/* ---- freeze ---- */
+
+/* Chooses where the pages go. Returns how many they may be. */
+static uint32_t choose_staging(struct guest_ram *ram, const struct ram_block *block, uint32_t index,
+                               uint32_t pages)
+{
+    empty_huge(ram);
+    if (pages >= HUGE_PAGES && freeze_is_huge(ram, block, index)) {
+        ram->frozen = ram->huge_staging;
+        ram->huge_staged = true; /* by an attempt that fails too: page tables may be left of it */
+        return HUGE_PAGES;
+    }
+    if (pages > FREEZE_MAX_PAGES)
+        pages = FREEZE_MAX_PAGES;
+    if (ram->staged + pages > FREEZE_MAX_PAGES)
+        freeze_empty(ram);
+    ram->frozen = ram->staging + ram->staged * PAGE_BYTES;
+    return pages;
+}
+
+int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t frozen;
+    long moved;
+
+    pages = choose_staging(ram, block, index, pages);
+    moved = move(ram, ram->frozen, ram_address(block, index), pages * PAGE_BYTES);
+    if (moved < 0)
+        return (int)moved;
+    frozen = (uint32_t)(moved / (long)PAGE_BYTES);
+    ram->huge_freezes += frozen == HUGE_PAGES;
+    /* Asked now: what was read into these pages before, was read from a file opened before. */
+    if (freeze_must_wait(ram)) {
+        freeze_return(ram, block, index, 0, frozen);
+        freeze_thaw(ram, block, index, frozen);
+        return -EBUSY;
+    }
+    return (int)frozen;
 }
 
 int freeze_probe(struct guest_ram *ram)

@@ -29,10 +29,22 @@
 /* Maps the staging areas. 0, or -errno and what is wrong in *ret_reason (static storage). */
 int freeze_open(struct guest_ram *ram, const char **ret_reason);
 void freeze_close(struct guest_ram *ram);
+/* Nobody serves faults any more: a hole in the staging areas reads as zeros. */
+void freeze_disarm(struct guest_ram *ram);
+
+/* Is the page in a staging area? Any thread. */
+bool freeze_is_staging(const struct guest_ram *ram, const uint8_t *page);
+
+/* A file was opened for direct I/O: nothing is frozen before it was looked at. */
+static inline bool freeze_must_wait(const struct guest_ram *ram)
+{
+    return __atomic_load_n(&ram->direct_io_changed, __ATOMIC_ACQUIRE);
+}
 
 /* Moves pages [index, index + pages) into a staging area. Returns how many were frozen (from
- * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, -ENOENT not there, -EINVAL not
- * within one VMA. The frozen bytes are at freeze_bytes(ram, 0), ... */
+ * index on, at least 1), or -errno: -EBUSY pinned or not exclusive, or a file was opened for direct
+ * I/O meanwhile, -ENOENT not there, -EINVAL not within one VMA. The frozen bytes are at
+ * freeze_bytes(ram, 0), ... */
 int freeze_take(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 /* The bytes of the i-th frozen page. */
@@ -44,10 +56,10 @@ static inline uint8_t *freeze_bytes(const struct guest_ram *ram, uint32_t i)
 /* Would a freeze of the 2 MiB from `index` on be one of a huge page? */
 bool freeze_is_huge(const struct guest_ram *ram, const struct ram_block *block, uint32_t index);
 
-/* Gives `pages` frozen pages, from the `staged`-th on, back to the guest at `index`. Can't fail:
- * where MOVE is refused (a fork came between) the bytes are copied, again and again until the
- * kernel has a page for them. */
-void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t staged,
+/* Gives `pages` frozen pages, from the `first`-th of the freeze on, back to the guest at `index`.
+ * Can't fail: where MOVE is refused (a fork came between) the bytes are copied, again and again
+ * until the kernel has a page for them. */
+void freeze_return(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t first,
                    uint32_t pages);
 
 /* Ends a freeze of `pages` pages at `index`: wakes whoever waits. Bytes that were not given back

@@ -27,8 +27,17 @@ static inline bool lock_swap(struct lock *lock, uint32_t from, uint32_t to)
                                        __ATOMIC_RELAXED);
 }
 
-/* This thread's id, or 0 when it was not asked for yet (in this process: lock_reset). Initial-exec:
- * no call into the dynamic linker, whatever locks of libc's are held. */
+/*
+ * This thread's id, or 0 when it was not asked for yet (in this process: lock_reset). Initial-exec:
+ * no call into the dynamic linker, whatever locks of libc's are held.
+ *
+ * A child of vfork() runs on its parent's thread-local memory and would take a lock by the parent's
+ * id; if somebody waited for it then, the kernel would not let the child release it. That can be
+ * borne: such a child may do nothing but execve and _exit, and of what else is done in practice
+ * before them (open, fcntl, dup2) nothing takes a lock of ours. One that changed the mappings of
+ * guest RAM would change them for its parent as well. To ask the kernel each time costs two system
+ * calls a lock, and a broken share takes two locks.
+ */
 extern __thread uint32_t lock_thread_id __attribute__((tls_model("initial-exec")));
 
 static inline uint32_t lock_self(void)

@@ -18,7 +18,8 @@ struct page_source {
      * other in the source, at most `pages`. Called with the block's lock held, on the handler's
      * thread or on one that un-shares; must not touch guest RAM and must not wait for another
      * thread of this process. Returns how many (at least 1) and their address in *ret_bytes,
-     * valid until the lock is released; or -errno, *ret_bytes untouched.
+     * valid until the lock is released; or -errno, *ret_bytes untouched. -EINPROGRESS: the bytes
+     * were asked for, and the source places them by itself when they come.
      */
     int (*fetch)(void *self, const struct ram_block *block, uint32_t index, uint32_t pages,
                  const void **ret_bytes);

@@ -283,8 +283,8 @@ static int prepare_memory(struct guest_ram *ram, struct ram_block *block, bool f
                          UFFDIO_REGISTER_MODE_MISSING);
 }
 
-int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
-            struct ram_block **ret_block)
+static int add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
+               struct ram_block **ret_block)
 {
     struct ram_block *block = &ram->blocks[ram->block_count];
     uint32_t pages = (uint32_t)(bytes / PAGE_BYTES);
@@ -321,6 +321,17 @@ int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes
     __atomic_store_n(&ram->block_count, ram->block_count + 1, __ATOMIC_RELEASE);
     *ret_block = block;
     return 0;
+}
+
+int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
+            struct ram_block **ret_block)
+{
+    int r;
+
+    lock_take(&ram->adding);
+    r = add(ram, base, bytes, attributes, fresh, ret_block);
+    lock_release(&ram->adding);
+    return r;
 }
 
 struct ram_block *ram_find(struct guest_ram *ram, const void *address)
@@ -374,6 +385,7 @@ void ram_reset_locks(struct guest_ram *ram)
         lock_reset(&ram->blocks[i].reading);
     }
     lock_reset(&ram->broken.lock);
+    lock_reset(&ram->adding);
 }
 
 void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
@@ -390,7 +402,10 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
         block->counts[to]++;
         if ((to == PLACE_SHARED) != (from == PLACE_SHARED))
             block->chunk_shared[ram_chunk_of(block, i)] += to == PLACE_SHARED ? 1 : -1;
-        block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
+        if (from == PLACE_REMOTE || to == PLACE_REMOTE)
+            block->table[i] = (uint8_t)to; /* the flags mean something else there */
+        else
+            block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
     }
 }
 
@@ -407,8 +422,39 @@ void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint3
         }
         queue->pages[queue->count++] = block->first_page + index + i;
     }
-    ram->unmerges += pages;
+    __atomic_add_fetch(&ram->unmerges, pages, __ATOMIC_RELAXED);
     lock_release(&queue->lock);
+}
+
+/* What becomes of the border between a page that leaves the store and its neighbour. */
+static int border_cost(const struct ram_block *block, uint32_t index, uint32_t neighbour)
+{
+    if (ram_captive(block, neighbour))
+        return 0;
+    if (ram_place(block, neighbour) != PLACE_SHARED)
+        return -1;
+    return block->slots[neighbour] - block->slots[index] == neighbour - index ? 1 : 0;
+}
+
+int ram_split_cost(const struct ram_block *block, uint32_t index, uint32_t pages)
+{
+    uint32_t last = index + pages - 1;
+
+    return (index > 0 ? border_cost(block, index, index - 1) : 0) +
+           (last + 1 < block->pages ? border_cost(block, last, last + 1) : 0);
+}
+
+bool ram_may_spend(const struct guest_ram *ram, int vmas)
+{
+    int64_t allowed = __atomic_load_n(&ram->vmas_allowed, __ATOMIC_RELAXED);
+
+    return allowed == 0 || vmas <= 0 ||
+           __atomic_load_n(&ram->vmas_spent, __ATOMIC_RELAXED) + vmas <= allowed;
+}
+
+void ram_spend(struct guest_ram *ram, int vmas)
+{
+    __atomic_add_fetch(&ram->vmas_spent, vmas, __ATOMIC_RELAXED);
 }
 
 void ram_set_captive(struct ram_block *block, uint32_t index, bool captive)

@@ -41,6 +41,9 @@
 #define TABLE_PATIENCE_MASK 0x30U
 #define TABLE_WAIT_UNIT     0x40U /* bits 6-7: quiet passes still to come before it is a candidate */
 #define TABLE_WAIT_MASK     0xc0U
+/* A remote page is neither patient nor waiting: there, one of these bits says that somebody waits
+ * for it and that it was asked for. */
+#define TABLE_REQUESTED 0x10U
 
 /* madvise() attributes that the VMM gave the whole block, and that must survive MAP_FIXED. */
 #define RAM_DONTFORK   1U
@@ -78,6 +81,7 @@ struct chunk {
     uint8_t hot_passes;  /* armed: passes in a row in which nearly all of it was written; huge:
                             the last backoff */
     uint8_t fruitless;   /* armed: looks in a row that found nothing new (scan.h) */
+    uint8_t tracked;     /* not armed: registered for write tracking alone, while it migrates */
     uint32_t changed_ms; /* huge: when the samples last were not what they had been */
     uint32_t samples[CHUNK_SAMPLES];
 };
@@ -88,7 +92,8 @@ struct ram_block {
      * handler, so it can't hold `lock` then), and taken before `lock` by whoever unmaps them. */
     struct lock reading;
     bool live;
-    bool resting; /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool resting;    /* stood down: nothing in it is shared or armed, nothing is to be */
+    bool given_back; /* rests for good; here only for what could not be undone */
     uint8_t *base;
     uint8_t *shadow;
     uint32_t pages;
@@ -119,15 +124,23 @@ struct guest_ram {
     bool huge_staged;      /* used by a freeze that is over */
     uint8_t *frozen;       /* in one of the two: the first page of the freeze under way */
     uint64_t huge_freezes; /* huge pages that were frozen whole, ever */
+    /* Set by who opens a file for direct I/O: nothing is frozen until its file system was looked
+     * at. */
+    uint32_t direct_io_changed;
     struct page_source sources[PLACE_COUNT];
-    uintptr_t lowest; /* of all live blocks */
+    struct lock adding; /* held by who takes a block in */
+    uintptr_t lowest;   /* of all live blocks */
     uintptr_t highest;
     uint32_t block_count;
     uint32_t next_page;
     struct ram_block blocks[RAM_MAX_BLOCKS];
     struct broken_queue broken;
-    uint64_t unmerges;            /* shares that ended, ever */
-    uint64_t discards;            /* those of them that ended by a discard */
+    uint64_t unmerges; /* shares that ended, ever */
+    uint64_t discards; /* those of them that ended by a discard */
+    /* The VMAs that shares may cost when they are made or end, from now on, and (an estimate) what
+     * they have cost. 0 allowed: nobody counts. */
+    int64_t vmas_allowed;
+    int64_t vmas_spent;
     uint64_t refused_transitions; /* a defect of ours: reported, never corrected */
 };
 
@@ -146,7 +159,7 @@ void ram_close(struct guest_ram *ram);
  * Takes a block in. The range must be whole pages of one kind: private, anonymous, readable and
  * writable, not locked, not huge TLB, not registered with somebody's userfaultfd (ram_inspect
  * tells). With `fresh` the caller promises that no other thread touches it now; if nothing is in
- * it, it is replaced by a piece of its shadow. Returns 0 and the block, or -errno.
+ * it, it is replaced by a piece of its shadow. Any thread. Returns 0 and the block, or -errno.
  */
 int ram_add(struct guest_ram *ram, void *base, size_t bytes, uint32_t attributes, bool fresh,
             struct ram_block **ret_block);
@@ -182,6 +195,13 @@ void ram_reset_locks(struct guest_ram *ram);
 static inline uint8_t *ram_address(const struct ram_block *block, uint32_t index)
 {
     return block->base + (size_t)index * PAGE_BYTES;
+}
+
+/* Remote, and somebody waits for it. */
+static inline bool ram_requested(const struct ram_block *block, uint32_t index)
+{
+    return (block->table[index] & (TABLE_PLACE_MASK | TABLE_REQUESTED)) ==
+           (PLACE_REMOTE | TABLE_REQUESTED);
 }
 
 static inline uint8_t *ram_shadow(const struct ram_block *block, uint32_t index)
@@ -246,6 +266,13 @@ void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t in
 /* Notes that the shares of these pages have ended. Caller holds the block's lock. */
 void ram_note_broken(struct guest_ram *ram, const struct ram_block *block, uint32_t index,
                      uint32_t pages);
+
+/* Pages [index, index + pages) are to leave the store's mappings. How many VMAs that makes, -2 to
+ * 2, if the kernel joins what it can. Caller holds the lock. */
+int ram_split_cost(const struct ram_block *block, uint32_t index, uint32_t pages);
+/* May so many be spent? If not, the VMM itself would soon get no mapping any more. */
+bool ram_may_spend(const struct guest_ram *ram, int vmas);
+void ram_spend(struct guest_ram *ram, int vmas);
 
 /* Sets or clears the captive flag. Caller holds the lock. */
 void ram_set_captive(struct ram_block *block, uint32_t index, bool captive);

@@ -30,8 +30,16 @@ static int move_over(uint8_t *from, size_t bytes, uint8_t *to)
 
 int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages)
 {
-    return uffd_register(ram->guest_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES,
-                         UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
+    uint8_t *at = ram_address(block, index);
+    size_t bytes = (size_t)pages * PAGE_BYTES;
+    int r = uffd_register(ram->guest_fd, at, bytes,
+                          UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
+
+    /* The first of several VMAs may be registered by now: who touches a hole there would wait for
+     * ever. What was registered whole can be let go without another VMA. */
+    if (r == -ENOMEM)
+        uffd_unregister(ram->guest_fd, at, bytes);
+    return r;
 }
 
 /* Registers pages that were moved over the guest's address. Where that is refused they are right
@@ -117,9 +125,14 @@ static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32
     }
 }
 
-int remap_map(const struct ram_block *block, uint32_t index, uint32_t pages, uint8_t *view)
+int remap_map(struct guest_ram *ram, const struct ram_block *block, uint32_t index, uint32_t pages,
+              uint8_t *view)
 {
-    return move_over(view, (size_t)pages * PAGE_BYTES, ram_address(block, index));
+    int r = move_over(view, (size_t)pages * PAGE_BYTES, ram_address(block, index));
+
+    if (r == 0)
+        ram_spend(ram, 2);
+    return r;
 }
 
 uint32_t remap_protect(struct guest_ram *ram, struct ram_block *block, uint32_t index,
@@ -144,7 +157,7 @@ uint32_t remap_protect(struct guest_ram *ram, struct ram_block *block, uint32_t 
 int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint8_t *view,
                    uint32_t slot, bool *ret_captive)
 {
-    int r = remap_map(block, index, 1, view);
+    int r = remap_map(ram, block, index, 1, view);
 
     if (r == 0)
         *ret_captive = remap_protect(ram, block, index, 1, &slot) > 0;
@@ -189,6 +202,7 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
     struct page_source *source = &ram->sources[PLACE_SHARED];
     uint8_t *shadow = ram_shadow(block, index);
     const void *bytes;
+    int cost;
     int run;
     int r;
 
@@ -196,15 +210,17 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
     if (run < 0)
         return run;
     r = fill_shadow(ram, shadow, bytes, (uint32_t)run);
-    if (r < 0)
-        return r;
-    r = move_over(shadow, (size_t)run * PAGE_BYTES, ram_address(block, index));
+    if (r == 0)
+        r = move_over(shadow, (size_t)run * PAGE_BYTES, ram_address(block, index));
     if (r < 0) {
+        /* A discard takes what is here for empty. */
         sys_madvise(shadow, (size_t)run * PAGE_BYTES, MADV_DONTNEED);
         return r;
     }
+    cost = ram_split_cost(block, index, (uint32_t)run);
     if (arm)
         arm_moved(ram, block, index, (uint32_t)run);
+    ram_spend(ram, cost);
     ram_move_places(ram, block, index, (uint32_t)run, TRANSITION_BREAK);
     uffd_wake(ram->store_fd, ram_address(block, index), (size_t)run * PAGE_BYTES);
     return run;
@@ -218,6 +234,7 @@ int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t ind
 
     if (r < 0)
         return r;
+    ram_spend(ram, ram_split_cost(block, index, pages));
     for (uint32_t i = index; i < index + pages; i++)
         ram_set_captive(block, i, false);
     if (arm)

@@ -23,7 +23,8 @@
  * written until then the kernel copies by itself. 0, or -errno: nothing has changed, the hole is
  * still there.
  */
-int remap_map(const struct ram_block *block, uint32_t index, uint32_t pages, uint8_t *view);
+int remap_map(struct guest_ram *ram, const struct ram_block *block, uint32_t index, uint32_t pages,
+              uint8_t *view);
 
 /* Protects pages that remap_map has mapped, in one run or more, slots[i] at page index + i. They
  * are shared from then on, but for those that somebody has written to: these are private and
@@ -47,7 +48,8 @@ int remap_to_private(struct guest_ram *ram, struct ram_block *block, uint32_t in
 int remap_to_absent(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
                     bool arm);
 
-/* Registers [index, index + pages) with guest_fd. 0 or -errno. */
+/* Registers [index, index + pages) with guest_fd. 0 or -errno: then none of it is (after -ENOMEM
+ * not what was before, either). */
 int remap_arm(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages);
 
 #endif

@@ -41,6 +41,9 @@ static const struct rule rules[] = {
     [TRANSITION_FETCH] = {"fetch",
                           {REFUSED, REFUSED, REFUSED, REFUSED, PLACE_PRIVATE, PLACE_PRIVATE,
                            PLACE_PRIVATE}},
+    [TRANSITION_CLEAR] = {"clear",
+                          {REFUSED, PLACE_ABSENT, REFUSED, REFUSED, REFUSED, REFUSED,
+                           PLACE_ABSENT}},
 };
 
 static_assert(sizeof(rules) / sizeof(rules[0]) == TRANSITION_COUNT, "a rule for each transition");

@@ -19,6 +19,7 @@ enum transition {
     TRANSITION_SPILL,    /* moved on to the spill file */
     TRANSITION_EXPECT,   /* incoming: the bytes are at a migration source or in a snapshot */
     TRANSITION_FETCH,    /* a page source brought the bytes back */
+    TRANSITION_CLEAR,    /* a page source says that there are none: zeros */
     TRANSITION_COUNT
 };
 

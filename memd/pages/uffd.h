@@ -25,7 +25,8 @@ int uffd_wake(int fd, const void *at, size_t bytes);
 long uffd_copy(int fd, void *to, const void *from, size_t bytes, bool wake);
 /* UFFDIO_ZEROPAGE, likewise; wakes nobody. */
 long uffd_zero(int fd, void *to, size_t bytes);
-/* UFFDIO_MOVE, likewise; wakes nobody. -EBUSY: a page is pinned or not exclusive. */
+/* UFFDIO_MOVE, likewise; wakes nobody. -EBUSY: a page is pinned or not exclusive. Linux 6.18 may
+ * have moved more than it says: move() in freeze.c. */
 long uffd_move(int fd, void *to, void *from, size_t bytes);
 
 #endif

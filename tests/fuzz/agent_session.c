@@ -16,6 +16,7 @@
 #include "discard.h"
 #include "fuzz.h"
 #include "remap.h"
+#include "send_with.h"
 
 #define PAGES 1024U /* two chunks */
 
@@ -165,21 +166,7 @@ static void turn(void)
 
 static void say(const void *message, size_t bytes, int fd)
 {
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(fd));
-    }
-    (void)sendmsg(memd_fd, &header, MSG_NOSIGNAL);
+    (void)send_with(memd_fd, message, bytes, &fd, fd >= 0, 0);
 }
 
 /* The ring goes with the connection. */

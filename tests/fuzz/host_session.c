@@ -12,6 +12,7 @@
 
 #include "host.h"
 #include "member.h"
+#include "send_with.h"
 #include "session.h"
 
 #define PAGES 64U
@@ -79,23 +80,9 @@ static uint64_t hash_of(const struct agent *agent, uint32_t color)
     return hash_page(&agent->secret, page);
 }
 
-static void send_with(const struct agent *agent, const void *message, size_t bytes, int fd)
+static void say(const struct agent *agent, const void *message, size_t bytes, int fd)
 {
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(fd));
-    }
-    (void)sendmsg(agent->fd, &header, MSG_NOSIGNAL);
+    (void)send_with(agent->fd, message, bytes, &fd, fd >= 0, 0);
     fuzz_turn();
 }
 
@@ -103,7 +90,7 @@ static void ring_bell(const struct agent *agent)
 {
     struct message_plain bell = {{MESSAGE_DOORBELL, sizeof(bell)}};
 
-    send_with(agent, &bell, sizeof(bell), -1);
+    say(agent, &bell, sizeof(bell), -1);
 }
 
 static void put(struct agent *agent, uint32_t op, uint32_t page, uint64_t arg)
@@ -160,7 +147,7 @@ static bool greet(struct agent *agent)
     *agent = (struct agent){.guest = fuzz_register("fuzzed")};
     agent->fd = fuzz_connect(SOCK_SEQPACKET, ".agent");
     memcpy(hello.token, agent->guest->token, PROTOCOL_TOKEN_BYTES);
-    send_with(agent, &hello, sizeof(hello), -1);
+    say(agent, &hello, sizeof(hello), -1);
     for (int i = 0; i < 100 && ring_fd < 0; i++) {
         fuzz_turn();
         (void)receive(agent, &welcome, &ring_fd);
@@ -198,7 +185,7 @@ static void raw_message(struct agent *agent, struct fuzz_input *input)
     header.type = flags & 1 ? MESSAGE_HELLO + (flags >> 1) % 16 : flags;
     header.bytes = flags & 0x40 ? fuzz_take_u32(input) : (uint32_t)bytes;
     memcpy(message, &header, bytes < sizeof(header) ? bytes : sizeof(header));
-    send_with(agent, message, bytes, -1);
+    say(agent, message, bytes, -1);
 }
 
 /* To everything that memd has written, the answer that an honest agent gives, or nearly. */
@@ -250,7 +237,7 @@ static void say_ram(struct agent *agent, struct fuzz_input *input)
     if (odd & 8)
         ram.managed = fuzz_take_u8(input);
     fuzz_take(input, ram.reason, odd & 16 ? sizeof(ram.reason) : 0);
-    send_with(agent, &ram, sizeof(ram), -1);
+    say(agent, &ram, sizeof(ram), -1);
 }
 
 static void say_stats(struct agent *agent, struct fuzz_input *input)
@@ -260,7 +247,7 @@ static void say_stats(struct agent *agent, struct fuzz_input *input)
     fuzz_take(input, (uint8_t *)&stats + sizeof(stats.header), 24);
     stats.state %= 4;
     fuzz_take(input, stats.reason, 16);
-    send_with(agent, &stats, sizeof(stats), -1);
+    say(agent, &stats, sizeof(stats), -1);
 }
 
 static void move_head(struct agent *agent, struct fuzz_input *input)
@@ -280,7 +267,7 @@ static void send_descriptor(struct agent *agent, struct fuzz_input *input)
                                    .pages = fuzz_take_u8(input)};
     int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 
-    send_with(agent, &held, sizeof(held), fd);
+    say(agent, &held, sizeof(held), fd);
     close(fd);
 }
 
@@ -290,8 +277,8 @@ static void say_segment(struct agent *agent, struct fuzz_input *input)
     struct message_plain end = {
         {fuzz_take_u8(input) & 1 ? MESSAGE_HELD_END : MESSAGE_DETACHED, sizeof(end)}};
 
-    send_with(agent, &message, sizeof(message), -1);
-    send_with(agent, &end, sizeof(end), -1);
+    say(agent, &message, sizeof(message), -1);
+    say(agent, &end, sizeof(end), -1);
 }
 
 static void take_step(struct agent *agent, struct fuzz_input *input)
@@ -321,7 +308,7 @@ static void take_step(struct agent *agent, struct fuzz_input *input)
     case STEP_HEAD: move_head(agent, input); break;
     case STEP_DESCRIPTOR: send_descriptor(agent, input); break;
     case STEP_BROKEN: put(agent, RING_BROKEN, agent->last_page, agent->last_slot); break;
-    case STEP_RAM_GONE: send_with(agent, &gone, sizeof(gone), -1); break;
+    case STEP_RAM_GONE: say(agent, &gone, sizeof(gone), -1); break;
     case STEP_HELD: say_segment(agent, input); break;
     default: ring_bell(agent); fuzz_let_pass((uint64_t)fuzz_take_u8(input) * 40000000);
     }

@@ -44,7 +44,7 @@ static void look_at_word(const char *word)
 
 static void look_at_line(char **argv)
 {
-    struct qemu_extras extras = {"/run/x,y.qmp", "/dev/shm/x"};
+    struct qemu_extras extras = {"/run/x,y.qmp", "/dev/shm/x", true};
     struct qemu_cmdline cmdline;
     char **longer = NULL;
 

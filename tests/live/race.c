@@ -37,10 +37,8 @@
 #include <unistd.h>
 
 #include "discard.h"
-#include "fault.h"
 #include "freeze.h"
-#include "merge.h"
-#include "remap.h"
+#include "race_parts.h"
 
 #define SLOTS 1024U
 enum {
@@ -62,12 +60,6 @@ static_assert(PAGES == PART_COUNT * PART_PAGES, "each part has its pages");
 static const char *const part_names[PART_COUNT] = {"thread",  "thread",  "direct", "fixed",
                                                    "outside", "discard", "fork",   "huge"};
 
-static struct guest_ram ram;
-static struct fault_handler handler;
-static struct segments segments;
-static struct merge_stats stats;
-static struct ram_block *block;
-
 static uint64_t wanted_merges = 200000;
 static bool no_freeze;
 static bool only_huge;
@@ -80,14 +72,6 @@ static struct shared {
     uint32_t errors;
     uint64_t rounds[PART_COUNT];
 } * shared;
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 static void fill(void *page, uint32_t content)
 {
@@ -496,23 +480,7 @@ static void *work_in_huge_pages(void *context)
 
 /* ---- the merger ---- */
 
-/* What must never be done: compare in place, then map. */
-static void merge_without_freeze(uint32_t index, uint32_t slot, uint32_t pages)
-{
-    uint8_t *view = segments_view(&segments, slot, pages);
-    bool captive;
-
-    for (uint32_t i = 0; i < pages; i++) {
-        lock_take(&block->lock);
-        if (ram_place(block, index + i) == PLACE_PRIVATE && !ram_captive(block, index + i) &&
-            memcmp(ram_address(block, index + i), view + i * PAGE_BYTES, PAGE_BYTES) == 0 &&
-            remap_to_store(&ram, block, index + i, view + i * PAGE_BYTES, slot + i, &captive) == 0)
-            stats.merges++;
-        lock_release(&block->lock);
-    }
-}
-
-/* The same with a whole chunk. */
+/* merge_without_freeze for a whole chunk. */
 static void merge_huge_without_freeze(uint32_t index, uint32_t slot)
 {
     uint8_t *view = segments_view(&segments, slot, HUGE_PAGES);
@@ -527,7 +495,7 @@ static void merge_huge_without_freeze(uint32_t index, uint32_t slot)
         }
     }
     if (memcmp(ram_address(block, index), view, HUGE_BYTES) == 0 &&
-        remap_map(block, index, HUGE_PAGES, view) == 0)
+        remap_map(&ram, block, index, HUGE_PAGES, view) == 0)
         stats.merges += HUGE_PAGES - remap_protect(&ram, block, index, HUGE_PAGES, slots);
     lock_release(&block->lock);
 }
@@ -545,6 +513,21 @@ static void merge_huge(uint32_t *random)
                     &stats);
 }
 
+/* Each content is in the store twice: pages that follow each other need not do so there. */
+static void merge_here_and_there(uint32_t index, uint32_t pages, uint32_t *random)
+{
+    uint8_t outcomes[FREEZE_MAX_PAGES];
+    uint32_t slots[FREEZE_MAX_PAGES];
+    uint32_t copy = 0;
+
+    for (uint32_t i = 0; i < pages; i++) {
+        if (next_random(random) % 4 == 0)
+            copy = SLOTS - copy;
+        slots[i] = SLOT(1, copy + (index + i) % SLOTS);
+    }
+    merge_scattered(&ram, &segments, block, index, slots, pages, outcomes, &stats);
+}
+
 static void merge_some(uint32_t *random)
 {
     uint8_t outcomes[FREEZE_MAX_PAGES];
@@ -560,6 +543,8 @@ static void merge_some(uint32_t *random)
         pages = SLOTS - slot;
     if (no_freeze)
         merge_without_freeze(index, SLOT(1, slot), pages);
+    else if (next_random(random) % 2)
+        merge_here_and_there(index, pages, random);
     else
         merge_pages(&ram, &segments, block, index, SLOT(1, slot), pages, outcomes, &stats);
 }
@@ -571,14 +556,12 @@ static int make_store(void)
     int fd = memfd_create("memd-race", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     uint8_t page[PAGE_BYTES];
 
-    for (uint32_t i = 0; i < SLOTS; i++) {
-        fill_version(page, i, false);
+    for (uint32_t i = 0; i < 2 * SLOTS; i++) {
+        fill_version(page, i % SLOTS, false);
         if (pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES) != (ssize_t)PAGE_BYTES)
             return -EIO;
     }
-    if (fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
-        return -errno;
-    return segments_add(&segments, 1, SLOTS, fd);
+    return take_store(fd, 2 * SLOTS);
 }
 
 static int set_up(void)
@@ -586,24 +569,13 @@ static int set_up(void)
     const char *reason = "";
     uint8_t *guest = mmap(NULL, PAGES * PAGE_BYTES + HUGE_BYTES, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    int r = ram_open(&ram, -1, &reason);
+    int r;
 
-    if (r < 0) {
+    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+    r = take_memory_in(guest, PAGES * PAGE_BYTES, RAM_HUGEPAGE, &reason);
+    if (r < 0 && reason) {
         printf("skip race: %s\n", reason);
         exit(77);
-    }
-    ram.sources[PLACE_SHARED] = segments_source(&segments);
-    r = fault_start(&handler, &ram);
-    fault_open(&handler);
-    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
-    if (r == 0)
-        r = ram_add(&ram, guest, PAGES * PAGE_BYTES, RAM_HUGEPAGE, true, &block);
-    for (uint32_t c = 0; r == 0 && c < block->chunk_count; c++) {
-        uint32_t first = ram_chunk_first(block, c);
-        lock_take(&block->lock);
-        r = remap_arm(&ram, block, first, ram_chunk_end(block, c) - first);
-        block->chunks[c].state = CHUNK_ARMED;
-        lock_release(&block->lock);
     }
     for (uint32_t i = 0; r == 0 && i < PAGES; i++)
         fill_version(ram_address(block, i), i, false);
@@ -672,6 +644,7 @@ static void print_result(void)
 int main(int argc, char **argv)
 {
     pthread_t threads[7];
+    pthread_t ager;
     uint32_t count = 0;
     uint32_t random = 1;
     int status = 0;
@@ -694,6 +667,7 @@ int main(int argc, char **argv)
         count = start_others(threads);
     }
     pthread_create(&threads[count++], NULL, work_in_huge_pages, NULL);
+    pthread_create(&ager, NULL, age_pages, NULL);
     while (!stopped() && stats.merges < wanted_merges)
         merge_some(&random);
     __atomic_store_n(&shared->stop, 1, __ATOMIC_RELEASE);

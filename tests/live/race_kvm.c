@@ -30,13 +30,11 @@
 
 #include "boot.h"
 #include "discard.h"
-#include "fault.h"
 #include "freeze.h"
 #include "hook.h"
 #include "loader.h"
 #include "machine.h"
-#include "merge.h"
-#include "remap.h"
+#include "race_parts.h"
 #include "virtio_rng.h"
 
 #define MEMORY_BYTES (16UL << 20)
@@ -52,11 +50,6 @@
 #define EXIT_NO_SET_UP 2
 
 static struct machine machine;
-static struct guest_ram ram;
-static struct fault_handler handler;
-static struct segments segments;
-static struct merge_stats stats;
-static struct ram_block *block;
 static const struct boot_info *boot;
 static uint32_t slot_of_kind[CONTENT_KINDS]; /* the first of the kind's pages in the store */
 static uint32_t slots;
@@ -89,30 +82,6 @@ void hook_discard(struct machine *unused, void *at, size_t bytes)
 }
 
 /* ---- the merger ---- */
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
-
-/* What must never be done: compare in place, then map. */
-static void merge_without_freeze(uint32_t index, uint32_t slot, uint32_t pages)
-{
-    uint8_t *view = segments_view(&segments, slot, pages);
-    bool captive;
-
-    for (uint32_t i = 0; i < pages; i++) {
-        lock_take(&block->lock);
-        if (ram_place(block, index + i) == PLACE_PRIVATE && !ram_captive(block, index + i) &&
-            memcmp(ram_address(block, index + i), view + i * PAGE_BYTES, PAGE_BYTES) == 0 &&
-            remap_to_store(&ram, block, index + i, view + i * PAGE_BYTES, slot + i, &captive) == 0)
-            stats.merges++;
-        lock_release(&block->lock);
-    }
-}
 
 static void merge_some(uint32_t *random)
 {
@@ -205,34 +174,7 @@ static int make_store(void)
                 return -EIO;
         }
     }
-    if (fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
-        return -errno;
-    return segments_add(&segments, 1, slots, fd);
-}
-
-static int take_memory_in(void)
-{
-    const char *reason = "";
-    int r = ram_open(&ram, -1, &reason);
-
-    if (r < 0) {
-        printf("skip race_kvm: %s\n", reason);
-        exit(EXIT_CANT_RUN);
-    }
-    ram.sources[PLACE_SHARED] = segments_source(&segments);
-    r = fault_start(&handler, &ram);
-    fault_open(&handler);
-    if (r == 0)
-        r = ram_add(&ram, machine.memory.base, machine.memory.bytes, 0, true, &block);
-    for (uint32_t c = 0; r == 0 && c < block->chunk_count; c++) {
-        uint32_t first = ram_chunk_first(block, c);
-
-        lock_take(&block->lock);
-        r = remap_arm(&ram, block, first, ram_chunk_end(block, c) - first);
-        block->chunks[c].state = CHUNK_ARMED;
-        lock_release(&block->lock);
-    }
-    return r;
+    return take_store(fd, slots);
 }
 
 static int load_guest(void)
@@ -254,6 +196,7 @@ static int load_guest(void)
 
 static int set_up(int serial_fd)
 {
+    const char *reason = "";
     sigset_t kick;
     int r = machine_open(&machine, MEMORY_BYTES, wanted.cpus);
 
@@ -264,7 +207,11 @@ static int set_up(int serial_fd)
     pthread_sigmask(SIG_BLOCK, &kick, NULL); /* only vCPUs take it */
     board_open(&machine, serial_fd);
     board_add_virtio(&machine, &virtio_rng_ops);
-    r = take_memory_in();
+    r = take_memory_in(machine.memory.base, machine.memory.bytes, 0, &reason);
+    if (r < 0 && reason) {
+        printf("skip race_kvm: %s\n", reason);
+        exit(EXIT_CANT_RUN);
+    }
     if (r == 0)
         r = load_guest();
     if (r == 0)
@@ -336,6 +283,7 @@ int main(int argc, char **argv)
     int serial_fd = memfd_create("race-serial", MFD_CLOEXEC);
     const char *line = "";
     pthread_t kicker;
+    pthread_t ager;
     uint32_t random = 1;
     bool wrong = false;
     int status;
@@ -345,6 +293,7 @@ int main(int argc, char **argv)
     if (set_up(serial_fd) < 0)
         return EXIT_NO_SET_UP;
     pthread_create(&kicker, NULL, kick_all_the_time, NULL);
+    pthread_create(&ager, NULL, age_pages, NULL);
     for (uint64_t turn = 1; stats.merges < wanted.merges && !wrong && !has_ended(); turn++) {
         merge_some(&random);
         if (turn % LOOK_EVERY)

@@ -121,6 +121,97 @@ def saved_memvm_guest_runs_on_and_verifies():
         stop_all(lab)
 
 
+def run_memvm(*words, seconds=60, **options):
+    return subprocess.run([machine.program("memvm"), *words], text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds, **options)
+
+
+@live_test([MEMVM])
+def memvm_guest_goes_through_its_hooks():
+    """Paused, saved and loaded as memd does it; pauses that can't be are refused, and don't hang."""
+    done = subprocess.run([machine.program("move_kvm"), machine.program("bare-guest")], text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode == 77:
+        raise Skip(done.stdout.strip())
+    if done.returncode != 0:
+        raise Failure(f"ended with {done.returncode}: {done.stdout.strip()[-600:]}")
+
+
+def all_absent(places):
+    return places["absent"] == sum(places.values()) == (16 << 20) // 4096
+
+
+@live_test([AGENT, MEMVM])
+def memvm_that_waits_for_a_machine_does_not_run():
+    """Its agent is there, its RAM is known and empty; it saves nothing, and ends when it is told to."""
+    with Lab() as lab:
+        lab.start_memd()
+        place = os.path.join(lab.directory, "machine")
+        for name, options, status in (("plain", [], 0), ("saving", ["--save", place], 1)):
+            guest = lab.start_memvm(name, cpus=2, incoming=True, memvm_options=options)
+            lab.wait_connected(name)
+            wait_for("RAM that nothing has touched", lambda: all_absent(lab.guest_status(name)["places"]), 30)
+            wait_for("the vCPUs' threads", lambda: len(guest.vcpu_threads()) == 2, 30)
+            if guest.console.lines():
+                raise Failure(f"{name}: the guest says {guest.console.lines()[:3]}")
+            guest.process.terminate()
+            if guest.process.wait(60) != status or os.path.exists(place):
+                raise Failure(f"{name}: ended with {guest.process.returncode}: {guest.stderr()[-400:]!r}")
+
+
+@live_test([AGENT, MEMVM])
+def restored_memvm_guest_runs_before_its_memory_was_read():
+    """Its pages come when it touches them, and by themselves; then the file may go, and they are shared."""
+    with Lab() as lab:
+        lab.start_memd()
+        place = os.path.join(lab.directory, "machine")
+        guest = lab.start_memvm("first", memory="64M", cpus=2, save=place, common="24M", twin="8M", unique="16M",
+                                hot="4M", churn="2M", zero="2M", duty=50)
+        guest.wait_ready()
+        guest.wait_rounds(1)
+        before = guest.report()
+        guest.save()
+        again = lab.start_memvm("second", restore=place)
+        lab.wait_connected("second")
+        after = again.report()
+        if int(after["rounds"]) < int(before["rounds"]):
+            raise Failure(f"the restored machine did not go on: {before} and then {after}")
+        wait_for("its memory to be read", lambda: lab.guest_status("second")["places"]["remote"] == 0, 120)
+        os.unlink(place)
+        again.report()
+        wait_saved(lab, 8 * 256 * 3 // 4 * 9 // 10, 2 * 256 * 9 // 10)
+        again.report()
+        stop_all(lab)
+
+
+@live_test([AGENT, MEMVM])
+def memvm_guest_whose_file_was_cut_short_does_not_start():
+    """No page of zeros is ever shown in place of one that is lost."""
+    with Lab() as lab:
+        lab.start_memd()
+        place = os.path.join(lab.directory, "machine")
+        lab.start_memvm("first", save=place, **REGIONS).wait_ready()
+        lab.guests["first"].save()
+        with open(place, "r+b") as file:
+            size = os.path.getsize(place)
+            file.truncate(2 << 20)
+        done = run_memvm("--restore", place)
+        if done.returncode != 1 or "no machine that this memvm has saved" not in done.stderr:
+            raise Failure(f"a file of {2 << 20} bytes, not {size}: ended with {done.returncode}: {done.stderr!r}")
+
+
+@live_test([MEMVM])
+def memvm_machine_has_one_origin():
+    image = machine.program("bare-guest")
+    for words in ((), ("--incoming", image), ("--incoming", "--load", "/nowhere"), ("--incoming", "--restore", "/nowhere"), ("--load", "/nowhere", image)):
+        done = run_memvm(*words)
+        if done.returncode != 2 or "Try memvm --help" not in done.stderr:
+            raise Failure(f"{words}: ended with {done.returncode}: {done.stderr!r}")
+    done = run_memvm("--incoming")
+    if done.returncode != 1 or "without memd nothing can come" not in done.stderr:
+        raise Failure(f"--incoming without memd: ended with {done.returncode}: {done.stderr!r}")
+
+
 @live_test([MEMVM])
 def memvm_runs_on_when_memd_is_not_to_be_had():
     environment = {**os.environ, "MEMD_AGENT_SOCKET": "/nowhere", "MEMD_TOKEN": "no token"}

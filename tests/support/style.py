@@ -18,14 +18,17 @@ LLVM = "14"  # Debian 12's; other versions format some things differently and ha
 AGENT = ["memd/pages", "memd/*/agent", "vmm-hooks/agent", "vmm-hooks/gate"]
 MAY_INCLUDE = [
     (["memd/common"], ["memd/common"]),
-    (AGENT, AGENT + ["memd/common", "vmm-hooks/include/memd"]),
+    (["memd/postcopy/common"], ["memd/postcopy/common", "memd/common"]),
+    (AGENT, AGENT + ["memd/common", "memd/postcopy/common", "vmm-hooks/include/memd"]),
     (["vmm-hooks/include/memd"], ["vmm-hooks/include/memd"]),
     (["vmm-hooks/kvm"], ["vmm-hooks/kvm", "guest-drivers/bare", "vmm-hooks/include/memd"]),
     (["guest-drivers/bare"], ["guest-drivers/bare", "vmm-hooks/kvm"]),
     (["vmm-hooks/qemu"], ["vmm-hooks/qemu", "memd/common"]),
     (["vmm-hooks/sim"], ["vmm-hooks/sim", "memd", "memd/*/host", "memd/common"]),
     (["memd/ctl"], ["memd/ctl", "memd/common", "vmm-hooks/qemu"]),
-    (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common"]),
+    (["memd/postcopy/common"], ["memd/postcopy/common", "memd/common"]),
+    (["memd/postcopy/mover"], ["memd/postcopy/mover", "memd/postcopy/common", "memd/common", "vmm-hooks/qemu"]),
+    (["memd", "memd/*/host"], ["memd", "memd/*/host", "memd/common", "memd/postcopy/common"]),
 ]
 NO_LICENCE_LINE = ["*.json", "*.md", "LICENSE", ".clang-*", ".gitignore", "*.expected", "tests/cli/data/*"]
 

@@ -8,14 +8,20 @@
 #include <fcntl.h>
 #include <memd/memd.h>
 #include <semaphore.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "agent.h"
+#include "agent_bytes.h"
 #include "agent_memd.h"
+#include "procfs.h"
+#include "uffd.h"
 
 #define PAGES 256U
 #define BYTES (PAGES * PAGE_BYTES)
@@ -23,27 +29,12 @@
 static struct memd_end memd;
 static struct memd_vm *vm;
 static uint8_t *ram;
-
-static void fill(uint8_t *page, uint32_t content)
-{
-    uint32_t *words = (uint32_t *)(void *)page;
-
-    for (uint32_t i = 0; i < PAGE_BYTES / sizeof(*words); i++)
-        words[i] = content * 2654435761U + i;
-}
-
-static bool holds(const uint8_t *page, uint32_t content)
-{
-    _Alignas(64) uint8_t want[PAGE_BYTES];
-
-    fill(want, content);
-    return memcmp(page, want, PAGE_BYTES) == 0;
-}
+static bool dont_fork; /* the RAM, as QEMU has it */
 
 static void holds_all(uint32_t from)
 {
     for (uint32_t i = from; i < PAGES; i++)
-        cr_assert(holds(ram + i * PAGE_BYTES, i + 1), "page %u has other bytes", i);
+        cr_assert(bytes_hold(ram + i * PAGE_BYTES, i + 1), "page %u has other bytes", i);
 }
 
 static uint8_t *map(size_t bytes)
@@ -73,9 +64,11 @@ static void set_up_with(const struct memd_ops *ops)
         cr_skip_test("no agent on this kernel: %s", strerror(-r));
     cr_assert_eq(r, 0, "%s", strerror(-r));
     ram = map(BYTES);
+    if (dont_fork)
+        madvise(ram, BYTES, MADV_DONTFORK);
     cr_assert_eq(memd_ram_add(vm, ram, BYTES, MEMD_RAM_FRESH), 0);
     for (uint32_t i = 0; i < PAGES; i++)
-        fill(ram + i * PAGE_BYTES, i + 1);
+        bytes_fill(ram + i * PAGE_BYTES, i + 1);
 }
 
 static struct memd_status status(void)
@@ -84,20 +77,6 @@ static struct memd_status status(void)
 
     cr_assert_eq(memd_get_status(vm, &now), 0);
     return now;
-}
-
-static int make_segment(void)
-{
-    int fd = memfd_create("memd-test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    uint8_t page[PAGE_BYTES];
-
-    for (uint32_t i = 0; i < PAGES; i++) {
-        fill(page, i + 1);
-        cr_assert_eq(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES), (ssize_t)PAGE_BYTES);
-    }
-    cr_assert_eq(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL),
-                 0);
-    return fd;
 }
 
 #define UNTIL(condition)                                           \
@@ -111,7 +90,7 @@ static int make_segment(void)
 /* The pages from `from` on are in the store. */
 static void share(uint32_t from)
 {
-    int fd = make_segment();
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
 
     UNTIL(status().connected == 1 && memd.fd >= 0);
     memd_end_give(&memd, 1, PAGES, fd);
@@ -244,6 +223,76 @@ Test(linked, ranges_that_can_not_be_registered, .timeout = 60)
     tear_down();
 }
 
+#define PLUGGED 24U
+
+struct plug {
+    pthread_barrier_t *together;
+    uint8_t *at;
+    int result;
+};
+
+static void *plug(void *context)
+{
+    struct plug *own = context;
+
+    pthread_barrier_wait(own->together);
+    own->result = memd_ram_add(vm, own->at, 2 * PAGE_BYTES, 0);
+    return NULL;
+}
+
+Test(linked, ram_that_threads_register_at_once_is_not_mixed_up, .timeout = 60)
+{
+    pthread_t threads[PLUGGED];
+    struct plug plugs[PLUGGED];
+    pthread_barrier_t together;
+
+    set_up_with(NULL);
+    pthread_barrier_init(&together, NULL, PLUGGED);
+    for (uint32_t i = 0; i < PLUGGED; i++) {
+        plugs[i] = (struct plug){.together = &together, .at = map(4 * PAGE_BYTES)};
+        cr_assert_eq(pthread_create(&threads[i], NULL, plug, &plugs[i]), 0);
+    }
+    for (uint32_t i = 0; i < PLUGGED; i++) {
+        pthread_join(threads[i], NULL);
+        cr_assert_eq(plugs[i].result, 0);
+    }
+    cr_assert_eq(status().pages, PAGES + 2 * PLUGGED);
+    for (uint32_t i = 0; i < PLUGGED; i++)
+        cr_assert_eq(memd_ram_remove(vm, plugs[i].at, 2 * PAGE_BYTES), 0, "block %u", i);
+    holds_all(0);
+    tear_down();
+}
+
+/* As where the kernel had copied the page before it was protected. */
+static void make_captive(uint32_t index)
+{
+    struct ram_block *block = ram_find(&vm->ram, ram + index * PAGE_BYTES);
+
+    lock_take(&block->lock);
+    uffd_protect(vm->ram.store_fd, ram_address(block, index), PAGE_BYTES, false);
+    ram_move_places(&vm->ram, block, index, 1, TRANSITION_BREAK);
+    ram_set_captive(block, index, true);
+    lock_release(&block->lock);
+}
+
+Test(linked, ram_with_a_captive_page_is_taken_away_as_well, .timeout = 60)
+{
+    set_up_with(NULL);
+    share(0);
+    make_captive(5);
+    cr_assert_eq(memd_ram_remove(vm, ram, BYTES), 0);
+    holds_all(0);
+    cr_assert_eq(status().pages, 0, "nothing is left of it");
+    cr_assert_eq(status().captives, 0);
+    cr_assert_eq(munmap(ram, BYTES), 0);
+    cr_assert_eq(mmap(ram, BYTES, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0),
+                 (void *)ram);
+    cr_assert_eq(memd_ram_add(vm, ram, BYTES, MEMD_RAM_FRESH), 0);
+    cr_assert_eq(ram[5 * PAGE_BYTES], 0);
+    tear_down();
+}
+
 Test(linked, a_discard_goes_no_further_than_it_was_told, .timeout = 60)
 {
     uint8_t *around;
@@ -289,7 +338,7 @@ static int be_a_child(void)
         return 5;
     ram[2 * PAGE_BYTES] = 0x77; /* a shared page of the child's own */
     for (uint32_t i = 3; i < PAGES; i++) {
-        if (!holds(ram + i * PAGE_BYTES, i + 1))
+        if (!bytes_hold(ram + i * PAGE_BYTES, i + 1))
             return 6;
     }
     return 0;
@@ -303,6 +352,58 @@ Test(linked, a_child_manages_nothing_and_harms_nothing, .timeout = 60)
     set_up_with(NULL);
     share(0);
     pid = fork();
+    if (pid == 0)
+        _exit(be_a_child());
+    waitpid(pid, &ended, 0);
+    cr_assert_eq(ended, 0, "in the child: %d", WEXITSTATUS(ended));
+    holds_all(0);
+    cr_assert_eq(status().shared, PAGES);
+    tear_down();
+}
+
+/* What the VMM keeps from its children isn't there, and what a child has mapped since is its own.
+ */
+static int be_a_child_without_ram(int file)
+{
+    char *mine =
+        mmap(ram, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0);
+
+    if (mine != (char *)ram)
+        return 1;
+    strcpy(mine, "mine");
+    if (memd_ram_discard(vm, ram, PAGE_BYTES) != 0)
+        return 2;
+    return strcmp(mine, "mine") == 0 ? 0 : 3; /* of a file, a discard loses nothing */
+}
+
+Test(linked, a_child_that_did_not_get_the_ram_has_other_memory_there, .timeout = 60)
+{
+    int ended = -1, file = memfd_create("memd-child", MFD_CLOEXEC);
+    pid_t pid;
+
+    cr_assert_eq(ftruncate(file, BYTES), 0);
+    dont_fork = true;
+    set_up_with(NULL);
+    share(0);
+    pid = fork();
+    if (pid == 0)
+        _exit(be_a_child_without_ram(file));
+    waitpid(pid, &ended, 0);
+    cr_assert_eq(ended, 0, "in the child: %d", WEXITSTATUS(ended));
+    holds_all(0);
+    tear_down();
+    close(file);
+}
+
+/* A child that libc did not make: nothing was told of the fork. */
+Test(linked, a_child_by_clone_harms_nothing_either, .timeout = 60)
+{
+    int ended = -1;
+    pid_t pid;
+
+    set_up_with(NULL);
+    share(0);
+    pid = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
     if (pid == 0)
         _exit(be_a_child());
     waitpid(pid, &ended, 0);
@@ -345,7 +446,7 @@ Test(linked, a_hook_that_lies_ends_the_sharing_and_nothing_else, .timeout = 60)
     hook_answer = 42;
     for (int tries = 0; tries < 400 && !memd_end_heard(&memd, "'pinned'"); tries++) {
         memd_end_merge(&memd, 0, SLOT(1, 0), 8);
-        fill(ram + (PAGES - 1) * PAGE_BYTES, PAGES); /* a share ends meanwhile */
+        bytes_fill(ram + (PAGES - 1) * PAGE_BYTES, PAGES); /* a share ends meanwhile */
         usleep(50000);
     }
     cr_assert(memd_end_heard(&memd, "'pinned'"), "the offence is told to memd");
@@ -363,7 +464,7 @@ Test(linked, the_beginning_of_a_huge_page_is_merged_though_the_rest_never_comes,
 {
     size_t bytes = 2 * HUGE_BYTES;
     uint8_t *at;
-    int fd = make_segment();
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
 
     memd_end_start(&memd);
     if (attach(NULL) < 0)
@@ -372,7 +473,7 @@ Test(linked, the_beginning_of_a_huge_page_is_merged_though_the_rest_never_comes,
     at = (uint8_t *)(((uintptr_t)at + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
     madvise(at, HUGE_BYTES, MADV_HUGEPAGE);
     for (uint32_t i = 0; i < HUGE_PAGES; i++)
-        fill(at + i * PAGE_BYTES, i + 1);
+        bytes_fill(at + i * PAGE_BYTES, i + 1);
     cr_assert_eq(memd_ram_add(vm, at, HUGE_BYTES, 0), 0);
     UNTIL(status().connected == 1 && memd.fd >= 0);
     memd_end_give(&memd, 1, PAGES, fd);
@@ -382,7 +483,36 @@ Test(linked, the_beginning_of_a_huge_page_is_merged_though_the_rest_never_comes,
     }
     cr_assert_eq(status().shared, 8);
     for (uint32_t i = 0; i < HUGE_PAGES; i++)
-        cr_assert(holds(at + i * PAGE_BYTES, i + 1));
+        cr_assert(bytes_hold(at + i * PAGE_BYTES, i + 1));
+    close(fd);
+    tear_down();
+}
+
+/* Pages that go to slots all over the store take two mappings each. */
+Test(linked, scattered_pages_are_merged_as_far_as_the_mappings_last, .timeout = 60)
+{
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
+    uint32_t slots[PAGES], limit;
+
+    set_up_with(NULL);
+    for (uint32_t i = 0; i < PAGES; i++) { /* backwards */
+        slots[i] = SLOT(1, PAGES - 1 - i);
+        bytes_fill(ram + i * PAGE_BYTES, PAGES - i);
+    }
+    UNTIL(status().connected == 1 && memd.fd >= 0 && status().passes > 0 && vm->vmas > 0);
+    limit = 2 * vm->vmas + 80; /* from the half on single pages are not worth it */
+    cr_assert_lt(limit, vm->vmas + 2 * PAGES);
+    vm->vma_limit = limit;
+    memd_end_give(&memd, 1, PAGES, fd);
+    for (int tries = 0; tries < 400 && !memd_end_heard(&memd, "VMA budget"); tries++) {
+        memd_end_merge_scattered(&memd, 0, slots, PAGES);
+        usleep(50000);
+    }
+    cr_assert(memd_end_heard(&memd, "VMA budget"));
+    cr_assert_gt(status().shared, 10);
+    cr_assert_leq((uint32_t)procfs_count_vmas(), limit, "%d VMAs", procfs_count_vmas());
+    for (uint32_t i = 0; i < PAGES; i++)
+        cr_assert(bytes_hold(ram + i * PAGE_BYTES, PAGES - i), "page %u has other bytes", i);
     close(fd);
     tear_down();
 }
@@ -427,7 +557,7 @@ Test(linked, a_hook_that_does_not_return_does_not_stop_the_guest, .timeout = 60)
         ;
     /* The scanner is in the hook. Writes to shared pages, discards and removals go on. */
     for (uint32_t i = 0; i < PAGES; i++)
-        fill(ram + i * PAGE_BYTES, i + 1);
+        bytes_fill(ram + i * PAGE_BYTES, i + 1);
     cr_assert_eq(status().shared, 0);
     cr_assert_eq(memd_ram_discard(vm, ram, PAGE_BYTES), 0);
     cr_assert_eq(ram[0], 0);

@@ -11,24 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-static void say(int to, const void *message, size_t bytes, int fd)
-{
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(fd));
-    }
-    (void)sendmsg(to, &header, MSG_NOSIGNAL);
-}
+#include "send_with.h"
 
 /* Caller holds the lock. */
 static void greet(struct memd_end *end, int fd)
@@ -45,7 +28,7 @@ static void greet(struct memd_end *end, int fd)
     end->ring = mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ring, 0);
     end->head = 0;
     end->fd = fd;
-    say(fd, &welcome, sizeof(welcome), ring);
+    (void)send_with(fd, &welcome, sizeof(welcome), &ring, ring >= 0, 0);
     close(ring);
 }
 
@@ -129,7 +112,7 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
 
     pthread_mutex_lock(&end->lock);
     if (end->fd >= 0)
-        say(end->fd, &message, sizeof(message), fd);
+        (void)send_with(end->fd, &message, sizeof(message), &fd, fd >= 0, 0);
     pthread_mutex_unlock(&end->lock);
 }
 
@@ -140,11 +123,28 @@ void memd_end_tune(struct memd_end *end, uint32_t revisit_ms)
 
     pthread_mutex_lock(&end->lock);
     if (end->fd >= 0)
-        say(end->fd, &message, sizeof(message), -1);
+        (void)send_with(end->fd, &message, sizeof(message), NULL, 0, 0);
     pthread_mutex_unlock(&end->lock);
 }
 
-void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages)
+void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
+{
+    struct message_mover message = {{MESSAGE_MOVER, sizeof(message)}, role, 0};
+    bool given = false;
+
+    while (!given) { /* the agent connects in its own time */
+        pthread_mutex_lock(&end->lock);
+        given = end->fd >= 0;
+        if (given)
+            (void)send_with(end->fd, &message, sizeof(message), &fd, fd >= 0, 0);
+        pthread_mutex_unlock(&end->lock);
+        if (!given)
+            usleep(1000);
+    }
+}
+
+void memd_end_merge_scattered(struct memd_end *end, uint32_t page, const uint32_t *slots,
+                              uint32_t pages)
 {
     struct message_plain bell = {{MESSAGE_DOORBELL, sizeof(bell)}};
 
@@ -152,10 +152,19 @@ void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t
     for (uint32_t i = 0; end->fd >= 0 && i < pages && ring_room(&end->ring->to_agent, end->head);
          i++)
         ring_put(&end->ring->to_agent, &end->head,
-                 (struct ring_entry){RING_MERGE, page + i, slot + i});
+                 (struct ring_entry){RING_MERGE, page + i, slots[i]});
     if (end->fd >= 0)
-        say(end->fd, &bell, sizeof(bell), -1);
+        (void)send_with(end->fd, &bell, sizeof(bell), NULL, 0, 0);
     pthread_mutex_unlock(&end->lock);
+}
+
+void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages)
+{
+    uint32_t slots[SEGMENT_MAX_PAGES];
+
+    for (uint32_t i = 0; i < pages; i++)
+        slots[i] = slot + i;
+    memd_end_merge_scattered(end, page, slots, pages);
 }
 
 bool memd_end_heard(struct memd_end *end, const char *words)

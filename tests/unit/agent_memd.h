@@ -31,6 +31,11 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
 void memd_end_tune(struct memd_end *end, uint32_t revisit_ms);
 /* Tells it to merge pages with slots, both ascending. */
 void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages);
+/* The same, page + i with slots[i]. */
+void memd_end_merge_scattered(struct memd_end *end, uint32_t page, const uint32_t *slots,
+                              uint32_t pages);
+/* Gives the agent a mover (fd stays the caller's). */
+void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd);
 /* Does the last reason that the agent gave contain these words? */
 bool memd_end_heard(struct memd_end *end, const char *words);
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "agent.h"
 #include "descriptors.h"
 #include "gate.h"
 #include "hash.h"
@@ -262,4 +263,41 @@ Test(procfs, the_kernels_age_is_compared_number_by_number)
     cr_assert(!procfs_kernel_below(2, 6));
     cr_assert(!procfs_kernel_below(4, 20));
     cr_assert(procfs_kernel_below(999, 0));
+}
+
+/* ---- the VMA budget ---- */
+
+Test(budget, shares_that_ended_since_the_count_may_have_left_two_vmas_each)
+{
+    static struct memd_vm vm;
+
+    vm.vma_limit = 8000;
+    vm.vmas = 3000;
+    cr_assert_eq(run_shortest_run(&vm), 1);
+    vm.ram.unmerges = 500;
+    cr_assert_eq(run_shortest_run(&vm), 2);
+    vm.merge.vmas_added = 2000;
+    cr_assert_eq(run_shortest_run(&vm), 4);
+    vm.ram.unmerges = 1500;
+    cr_assert_eq(run_shortest_run(&vm), 0, "nothing may be spent");
+    vm.unmerges_counted = 1500;
+    cr_assert_eq(run_shortest_run(&vm), 2, "those before the count are in the count");
+}
+
+Test(budget, it_is_counted_again_before_too_much_is_believed)
+{
+    static struct memd_vm vm;
+
+    vm.vma_limit = 80000;
+    vm.merge.vmas_added = 10000;
+    cr_assert_not(run_count_again(&vm), "an eighth is believed");
+    vm.ram.unmerges = 1;
+    cr_assert(run_count_again(&vm));
+    cr_assert_gt(vm.vmas, 10);
+    cr_assert_eq(vm.merge.vmas_added, 0);
+    cr_assert_eq(vm.ram.vmas_allowed, 80000 + 80000 / 6 - vm.vmas, "and what breaks may cost");
+    vm.ram.unmerges += 40000;
+    cr_assert_eq(run_shortest_run(&vm), 0);
+    cr_assert(run_count_again(&vm));
+    cr_assert_eq(run_shortest_run(&vm), 1);
 }

@@ -6,6 +6,7 @@
 
 #include "discard.h"
 #include "fault.h"
+#include "remap.h"
 #include "scan.h"
 
 #define PAGES 1024U
@@ -129,6 +130,22 @@ Test(agent_scan, a_page_that_changes_in_every_pass_is_never_offered)
     cr_assert_eq(offers[3], 1);
 }
 
+/* They are missing, and not empty: whoever takes them for that shows zeros to the guest. */
+Test(agent_scan, pages_that_are_still_to_come_are_let_be)
+{
+    lock_take(&block->lock);
+    cr_assert_eq(remap_arm(&ram, block, 0, PAGES), 0);
+    for (uint32_t c = 0; c < block->chunk_count; c++)
+        block->chunks[c].state = CHUNK_ARMED;
+    ram_move_places(&ram, block, 0, PAGES, TRANSITION_EXPECT);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < 20; i++)
+        pass();
+    cr_assert_eq(block->counts[PLACE_REMOTE], PAGES);
+    for (uint32_t c = 0; c < block->chunk_count; c++)
+        cr_assert_eq(block->chunks[c].state, CHUNK_ARMED);
+}
+
 Test(agent_scan, a_changed_page_is_offered_again)
 {
     write_page(3, 1);
@@ -216,7 +233,7 @@ Test(agent_scan, untouched_memory_stays_untouched)
     pass();
     pass();
     cr_assert_eq(block->counts[PLACE_ABSENT], PAGES);
-    cr_assert_eq(handler.count, 0);
+    cr_assert_eq(handler.times.count, 0);
 }
 
 Test(agent_scan, a_chunk_that_was_given_up_can_be_huge_again)
@@ -313,6 +330,16 @@ Test(agent_scan, nobody_is_left_out_while_the_scan_is_in_a_hurry)
         pass();
     write_page(3, 2);
     cr_assert_eq(passes_until_offered(3, 2, 2), 2);
+}
+
+Test(agent_scan, only_looks_at_armed_chunks_can_be_fruitless)
+{
+    write_page(3, 1);
+    for (uint32_t i = 0; i < 10; i++)
+        pass();
+    cr_assert_gt(block->chunks[0].fruitless, 5);
+    cr_assert_eq(block->chunks[1].state, CHUNK_EMPTY);
+    cr_assert_eq(block->chunks[1].fruitless, 0);
 }
 
 Test(agent_scan, a_chunk_that_is_all_shared_is_looked_at_again_when_a_share_breaks)

@@ -187,10 +187,10 @@ Test(ctl_cmdline, more_backends_than_there_is_room_for)
 /* ---- additions ---- */
 
 /* The extended line as one string. */
-static const char *extended(char *const argv[], const char *qmp, const char *directory)
+static const char *extend(char *const argv[], const char *qmp, const char *directory, bool incoming)
 {
     static char text[4096];
-    struct qemu_extras extras = {.qmp_path = qmp, .ram_directory = directory};
+    struct qemu_extras extras = {.qmp_path = qmp, .ram_directory = directory, .incoming = incoming};
     struct qemu_cmdline line = read_line(argv);
     char **result;
 
@@ -203,6 +203,20 @@ static const char *extended(char *const argv[], const char *qmp, const char *dir
     qemu_cmdline_free_argv(result);
     qemu_cmdline_free(&line);
     return text;
+}
+
+static const char *extended(char *const argv[], const char *qmp, const char *directory)
+{
+    return extend(argv, qmp, directory, false);
+}
+
+Test(ctl_cmdline, a_guest_is_waited_for)
+{
+    struct qemu_cmdline line = read_line(LINE("-incoming", "defer"));
+
+    cr_expect(line.incoming);
+    qemu_cmdline_free(&line);
+    cr_expect_str_eq(extend(LINE("-S"), NULL, NULL, true), "qemu-system-x86_64 -S -incoming defer");
 }
 
 Test(ctl_cmdline, the_users_words_stay_as_they_are)

@@ -108,23 +108,23 @@ Test(ctl_output, members_that_are_not_there_or_of_another_kind)
 Test(ctl_image, what_can_not_be_started)
 {
     char *path, reason[IMAGE_REASON_CHARS];
-    bool linked;
+    bool linked, script;
 
     cr_expect(ctl_image_find("no.such.program.anywhere", &path) == -ENOENT);
     cr_expect(ctl_image_find("/etc/passwd", &path) == -EACCES);
     cr_expect(ctl_image_find("/tmp", &path) == -EACCES);
-    cr_expect(ctl_image_inspect("/etc/passwd", reason, &linked) == -ENOEXEC);
+    cr_expect(ctl_image_inspect("/etc/passwd", reason, &linked, &script) == -ENOEXEC);
 }
 
 Test(ctl_image, a_vmm_that_links_libmemd_needs_no_preloading)
 {
     char reason[IMAGE_REASON_CHARS];
-    bool linked = true;
+    bool linked = true, script = false;
 
-    cr_assert(ctl_image_inspect("/proc/self/exe", reason, &linked) == 0);
+    cr_assert(ctl_image_inspect("/proc/self/exe", reason, &linked, &script) == 0);
     cr_expect(!linked && reason[0] == '\0');
 #ifdef MEMVM_PATH
-    cr_assert(ctl_image_inspect(MEMVM_PATH, reason, &linked) == 0);
+    cr_assert(ctl_image_inspect(MEMVM_PATH, reason, &linked, &script) == 0);
     cr_expect(linked && reason[0] == '\0');
 #endif
 }

@@ -14,22 +14,6 @@
 
 #define PAGES 100U
 
-/* Two guests of one domain that share everything. */
-static void share(struct world *world, struct fake *fakes)
-{
-    char config[128];
-
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    world_start(world, config);
-    for (int i = 0; i < 2; i++) {
-        fake_join(&fakes[i], world, i ? "b" : "a", "web", PAGES);
-        for (uint32_t page = 0; page < PAGES; page++)
-            fake_write(&fakes[i], page, page + 1);
-        fake_offer_all(&fakes[i]);
-    }
-    UNTIL(world, fakes, 2, fake_shared(&fakes[0]) + fake_shared(&fakes[1]) == 2 * PAGES);
-}
-
 static void write_all(struct fake *fake)
 {
     for (uint32_t page = 0; page < PAGES; page++)
@@ -93,7 +77,7 @@ static struct trust_domain *begin_dropping(struct world *world, struct fake *fak
 {
     struct trust_domain *domain;
 
-    share(world, fakes);
+    fakes_share(world, fakes, PAGES);
     domain = fake_domain(&fakes[0]);
     fake_disconnect(&fakes[1]);
     UNTIL(world, fakes, 1, world->daemon.agents.count == 1);
@@ -175,7 +159,7 @@ Test(host_crossed, shares_end_that_were_not_taken_back)
     struct world world;
     struct fake fakes[2];
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     fake_disconnect(&fakes[1]);
     UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
     close(fakes[1].segments[0]);
@@ -259,7 +243,7 @@ Test(host_crossed, who_hangs_up_before_it_is_told_to_start_afresh_is_no_liar)
     struct world world;
     struct fake fakes[2];
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     fake_disconnect(&fakes[1]);
     UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
     close(fakes[1].segments[0]);
@@ -293,7 +277,7 @@ Test(host_crossed, a_greeting_that_breaks_off_takes_no_shares_away)
     struct fake fakes[2];
     struct trust_domain *domain;
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     domain = fake_domain(&fakes[0]);
     fake_disconnect(&fakes[1]);
     UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
@@ -323,7 +307,7 @@ Test(host_crossed, ram_that_is_plugged_behind_a_message_that_waits_is_known)
     struct world world;
     struct fake fakes[2];
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     fake_disconnect(&fakes[1]);
     UNTIL(&world, fakes, 1, world.daemon.agents.count == 1);
     come_back_with_segments(&fakes[1], &world);
@@ -343,7 +327,7 @@ Test(host_crossed, a_slot_that_a_liar_claims_for_all_its_pages_is_the_neighbours
     struct fake fakes[2];
     uint32_t slot, count = (1U << 16) + 10;
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     slot = fakes[0].pages[0].slot;
     for (int i = 0; i < 2; i++)
         fake_disconnect(&fakes[i]);
@@ -375,7 +359,7 @@ struct both {
 /* The share of page 0 was to move to `other`; it broke, and the page shall share `other` anew. */
 static void ask_for_both(struct both *both)
 {
-    share(&both->world, both->fakes);
+    fakes_share(&both->world, both->fakes, PAGES);
     both->member = agents_member(both->fakes[0].guest->session);
     UNTIL(&both->world, both->fakes, 2, both->member->shared == PAGES);
     both->slot = both->fakes[0].pages[0].slot;
@@ -501,10 +485,9 @@ Test(host_crossed, claims_without_end_leave_room_for_neighbours)
     enum { LIARS = 6 };
     struct world world;
     struct fake liars[LIARS], fakes[2];
-    char config[128], name[16];
+    char name[16];
 
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    world_start(&world, config);
+    world_start(&world, world_web());
     for (int i = 0; i < LIARS; i++) {
         snprintf(name, sizeof(name), "liar%d", i);
         fake_join(&liars[i], &world, name, "web", 1);
@@ -541,7 +524,7 @@ Test(host_crossed, an_agent_whose_places_do_not_sum_loses_its_session_and_nobody
                                   .places = {UINT64_MAX, PAGES}};
     char request[128];
 
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     fake_send(&fakes[1], &stats, sizeof(stats), -1);
     UNTIL(&world, fakes, 2, fakes[1].ended);
     cr_assert_not(fakes[0].ended);

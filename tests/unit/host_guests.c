@@ -37,7 +37,7 @@ Test(host_guests, registering_asks_for_what_is_needed_and_refuses_the_rest)
                  400);
     cr_assert_eq(
         http_status(&world, "POST", "/v1/guests", registration("a", ",\"min_bytes\":\"2M\"")), 400,
-        "min is more than max");
+        "can't be guaranteed more than it is promised");
     cr_assert_eq(http_status(&world, "POST", "/v1/guests",
                              "{\"name\":\"a\",\"pid\":2147483647,\"max_bytes\":4096}"),
                  400, "no such process");
@@ -221,13 +221,40 @@ static struct guest *register_pid(struct world *world, const char *name, pid_t p
     return guest;
 }
 
-Test(host_guests, a_vmm_that_dies_before_hello_is_forgotten_after_the_grace)
+static void arrived(struct events_subscriber *subscriber)
+{
+    (void)subscriber;
+}
+
+/* grace_s has nothing to do with it. */
+Test(host_guests, a_vmm_that_dies_before_hello_is_forgotten_at_once)
+{
+    struct events_subscriber ear = {.arrived = arrived};
+    static char text[EVENTS_BUFFER_BYTES + 1];
+    pid_t pid = start_process();
+    struct world world;
+
+    world_start(&world, "");
+    world.daemon.config.grace_s = 86400;
+    register_pid(&world, "a", pid);
+    cr_assert_eq(events_subscribe(&world.daemon.events, &ear), 0);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    UNTIL(&world, NULL, 0, registry_find(&world.daemon, "a") == NULL);
+    text[events_take(&ear, text, sizeof(text) - 1)] = '\0';
+    cr_assert_not_null(strstr(text, "\"guest_gone\",\"guest\":\"a\""), "%s", text);
+    cr_assert_not_null(strstr(text, "before its agent came"));
+    events_unsubscribe(&world.daemon.events, &ear);
+    world_stop(&world);
+}
+
+Test(host_guests, a_vmm_that_daemonizes_and_does_not_come_is_forgotten_after_the_grace)
 {
     struct world world;
     pid_t pid = start_process();
 
     world_start(&world, "");
-    register_pid(&world, "a", pid);
+    register_pid(&world, "a", pid)->daemonizes = true;
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
     UNTIL(&world, NULL, 0, registry_find(&world.daemon, "a")->death.fd < 0);
@@ -245,6 +272,7 @@ Test(host_guests, a_vmm_that_daemonizes_is_another_process_afterwards)
 
     world_start(&world, "");
     guest = register_pid(&world, "a", pid);
+    guest->daemonizes = true;
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
     UNTIL(&world, NULL, 0, guest->death.fd < 0);
@@ -340,11 +368,6 @@ static void let_expire(struct world *world, struct loop_timer *timer)
     cr_assert_neq(timer->due_ns, 0, "the timer does not run");
     loop_timer_cancel(&world->daemon.loop, timer);
     timer->expired(timer);
-}
-
-static void arrived(struct events_subscriber *subscriber)
-{
-    (void)subscriber;
 }
 
 Test(host_guests, an_agent_that_never_comes_is_reported_and_its_guest_stays)

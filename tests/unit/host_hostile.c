@@ -2,13 +2,18 @@
 /* Agents that lie: each loses its session, and the daemon and its neighbour go on. */
 #include <criterion/criterion.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "host_world.h"
+#include "session.h"
 
 struct scene {
     struct world world;
@@ -17,10 +22,7 @@ struct scene {
 
 static void set_up(struct scene *scene)
 {
-    char config[128];
-
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    world_start(&scene->world, config);
+    world_start(&scene->world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&scene->fakes[i], &scene->world, i ? "honest" : "liar", "web", 100);
         for (uint32_t page = 0; page < 100; page++)
@@ -316,6 +318,54 @@ Test(host_hostile, a_token_that_was_not_given_is_refused)
     world_stop(&world);
 }
 
+/* Connects as this user, and says nothing. */
+static void stay_silent(struct fake *fake, struct world *world, uid_t uid)
+{
+    cr_assert_eq(seteuid(uid), 0);
+    fake_connect(fake, world, "00000000000000000000000000000000");
+    cr_assert_eq(seteuid(0), 0);
+    world_turn(world);
+}
+
+/* 32 of a user are let in, 256 of all but root. */
+Test(host_hostile, users_whose_connections_say_nothing_keep_nobody_out)
+{
+    struct world world;
+    struct fake *silent = calloc(300, sizeof(*silent));
+    struct fake honest;
+    struct message_words words = {0};
+    uint32_t silents = 0;
+
+    if (geteuid() != 0)
+        cr_skip_test("needs root to be other users");
+    world_start(&world, "");
+    cr_assert_eq(chmod(world.dir, 0711), 0);
+    for (int i = 0; i < 33; i++)
+        stay_silent(&silent[silents++], &world, 5001);
+    UNTIL(&world, NULL, 0, world.daemon.agents.turned_away == 1);
+    cr_assert_eq(world.daemon.agents.count, 32);
+    cr_assert_eq(recv(silent[32].fd, &words, sizeof(words), 0), (ssize_t)sizeof(words));
+    cr_assert_eq(words.header.type, MESSAGE_REFUSED);
+    stay_silent(&silent[silents++], &world, 5002);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 33);
+    for (uid_t uid = 5003; uid < 5011; uid++)
+        for (int i = 0; i < 31; i++)
+            stay_silent(&silent[silents++], &world, uid);
+    UNTIL(&world, NULL, 0, world.daemon.agents.turned_away == 26);
+    cr_assert_eq(world.daemon.agents.count, 256);
+    fake_join(&honest, &world, "a", NULL, 10);
+    /* Who has gone leaves its place. */
+    fake_close(&silent[0]);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 256);
+    stay_silent(&silent[silents++], &world, 5001);
+    UNTIL(&world, NULL, 0, world.daemon.agents.count == 257);
+    fake_close(&honest);
+    for (uint32_t i = 1; i < silents; i++)
+        fake_close(&silent[i]);
+    world_stop(&world);
+    free(silent);
+}
+
 Test(host_hostile, a_second_agent_for_one_guest_is_refused)
 {
     struct world world;
@@ -369,4 +419,47 @@ Test(host_hostile, one_hash_offered_for_every_page_fills_no_table)
     cr_assert_leq(fake_domain(&fake)->index.used, 1);
     fake_close(&fake);
     world_stop(&world);
+}
+
+static pid_t waiting_tid;
+
+static void *wait_for_release(void *released)
+{
+    __atomic_store_n(&waiting_tid, gettid(), __ATOMIC_RELEASE);
+    while (!__atomic_load_n((bool *)released, __ATOMIC_ACQUIRE))
+        usleep(1000);
+    return NULL;
+}
+
+/* A thread of somebody else's, and then one of its own; told that it is over, it has none. */
+Test(host_hostile, a_priority_for_another_processs_thread)
+{
+    struct message_urgent urgent = {{MESSAGE_URGENT, sizeof(urgent)}, 1, 0};
+    const struct session *session;
+    struct scene scene;
+    bool released = false;
+    pthread_t thread;
+    pid_t tid;
+
+    set_up(&scene);
+    session = registry_find(&scene.world.daemon, "liar")->session;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    fakes_turn(&scene.world, scene.fakes, 2);
+    cr_assert_eq(session->urgent, 0);
+    cr_assert_eq(sched_getscheduler(1), SCHED_OTHER);
+    pthread_create(&thread, NULL, wait_for_release, &released);
+    while ((tid = __atomic_load_n(&waiting_tid, __ATOMIC_ACQUIRE)) == 0)
+        usleep(1000);
+    urgent.tid = (uint32_t)tid;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    UNTIL(&scene.world, scene.fakes, 2, session->urgent == tid);
+    urgent.tid = 0;
+    fake_send(&scene.fakes[0], &urgent, sizeof(urgent), -1);
+    UNTIL(&scene.world, scene.fakes, 2, session->urgent == 0);
+    cr_assert_eq(sched_getscheduler(tid), SCHED_OTHER);
+    __atomic_store_n(&released, true, __ATOMIC_RELEASE);
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 2; i++)
+        fake_close(&scene.fakes[i]);
+    world_stop(&scene.world);
 }

@@ -21,29 +21,14 @@
 
 #define PAGES 200U
 
-static char config[128];
-
-static const char *web(void)
-{
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    return config;
-}
-
 /* Two guests that share everything; then memd stops and starts. */
 static void share_and_restart(struct world *world, struct fake *fakes)
 {
-    world_start(world, web());
-    for (int i = 0; i < 2; i++) {
-        fake_join(&fakes[i], world, i ? "b" : "a", "web", PAGES);
-        for (uint32_t page = 0; page < PAGES; page++)
-            fake_write(&fakes[i], page, page + 1);
-        fake_offer_all(&fakes[i]);
-    }
-    UNTIL(world, fakes, 2, fake_shared(&fakes[0]) + fake_shared(&fakes[1]) == 2 * PAGES);
+    fakes_share(world, fakes, PAGES);
     daemon_stop(&world->daemon);
     for (int i = 0; i < 2; i++)
         fake_disconnect(&fakes[i]);
-    world_restart(world, web());
+    world_restart(world, world_web());
 }
 
 /* The same agent comes again: its memory, its segments, a new connection. */
@@ -150,7 +135,7 @@ Test(host_restart, segments_wait_for_who_still_may_come_back)
     share_and_restart(&world, fakes);
     daemon_stop(&world.daemon);
     world.grace_s = 600;
-    world_restart(&world, web());
+    world_restart(&world, world_web());
     come_back(&fakes[0], &world);
     say_all_held(&fakes[0]);
     UNTIL(&world, fakes, 1, fake_domain(&fakes[0])->store.users == PAGES);
@@ -237,7 +222,7 @@ Test(host_restart, a_lost_record_makes_everything_private_again)
     daemon_stop(&world.daemon);
     snprintf(path, sizeof(path), "%s/state/domains/web.domain", world.dir);
     cr_assert_eq(unlink(path), 0);
-    world_restart(&world, web());
+    world_restart(&world, world_web());
     struct fake before = fakes[0];
     fake_connect(&fakes[0], &world, before.token);
     cr_assert(fake_hello(&fakes[0], true));
@@ -316,7 +301,7 @@ static pid_t start_victim(struct world *world)
 
     cr_assert_geq(pid, 0);
     if (pid == 0) {
-        world_restart(world, web());
+        world_restart(world, world_web());
         daemon_run(&world->daemon);
         _exit(0);
     }
@@ -327,7 +312,7 @@ Test(host_restart, a_killed_memd_leaves_a_directory_that_the_next_one_can_use, .
 {
     struct world world;
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     world_register(&world, "a", NULL);
     daemon_stop(&world.daemon);
     for (int round = 0; round < 8; round++) {
@@ -337,7 +322,7 @@ Test(host_restart, a_killed_memd_leaves_a_directory_that_the_next_one_can_use, .
         kill(pid, SIGKILL);
         cr_assert_eq(waitpid(pid, NULL, 0), pid);
     }
-    world_restart(&world, web());
+    world_restart(&world, world_web());
     cr_assert_not_null(registry_find(&world.daemon, "a"));
     world_stop(&world);
 }
@@ -359,7 +344,7 @@ Test(host_restart, a_killed_memd_does_not_answer_any_more, .timeout = 60)
 {
     struct world world;
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     daemon_stop(&world.daemon);
     world.running = false;
     for (int round = 0; round < 24; round++) {
@@ -499,13 +484,18 @@ Test(host_restart, a_vmm_that_daemonizes_while_memd_is_away_is_waited_for)
         _exit(0);
     }
     world_start(&world, "");
-    strcpy(request.name, "a");
     request.wish.has_max = true;
+    strcpy(request.name, "b");
+    request.daemonizes = false;
+    cr_assert_eq(registry_add(&world.daemon, &request, &guest, words, sizeof(words)), 0);
+    strcpy(request.name, "a");
+    request.daemonizes = true;
     cr_assert_eq(registry_add(&world.daemon, &request, &guest, words, sizeof(words)), 0);
     daemon_stop(&world.daemon);
     kill(request.pid, SIGKILL);
     waitpid(request.pid, NULL, 0);
     world_restart(&world, "");
+    cr_assert_null(registry_find(&world.daemon, "b"));
     guest = registry_find(&world.daemon, "a");
     cr_assert_not_null(guest);
     fake_connect(&fake, &world, guest->token);

@@ -12,14 +12,6 @@
 
 #define UIDS "[domain web]\nuids = 0 %u\n"
 
-static char config[256];
-
-static const char *web(void)
-{
-    snprintf(config, sizeof(config), UIDS, (unsigned)getuid());
-    return config;
-}
-
 static void must_hold(const struct fake *fake)
 {
     const char *wrong = ksm_member_check(fake_domain(fake));
@@ -32,7 +24,7 @@ Test(host_sharing, two_guests_share_what_is_equal_and_nothing_else)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 1000);
         for (uint32_t page = 0; page < 1000; page++)
@@ -73,7 +65,7 @@ Test(host_sharing, runs_of_pages_become_runs_of_slots)
     struct fake fakes[2];
     uint32_t broken_runs = 0;
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 512);
         for (uint32_t page = 0; page < 512; page++)
@@ -95,7 +87,7 @@ Test(host_sharing, guests_of_different_domains_share_nothing)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     fake_join(&fakes[0], &world, "a", "web", 200);
     fake_join(&fakes[1], &world, "b", NULL, 200);
     for (int i = 0; i < 2; i++) {
@@ -135,7 +127,7 @@ Test(host_sharing, a_source_that_changes_before_it_is_published_loses_nothing)
     struct world world;
     struct fake fakes[3];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 3; i++) {
         fake_join(&fakes[i], &world, (const char *[]){"a", "b", "c"}[i], "web", 50);
         for (uint32_t page = 0; page < 50; page++)
@@ -167,7 +159,7 @@ Test(host_sharing, content_that_has_lost_its_second_user_is_not_published)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 50);
         for (uint32_t page = 0; page < 50; page++)
@@ -198,7 +190,7 @@ Test(host_sharing, a_source_that_never_answers_is_not_waited_for)
     struct world world;
     struct fake fakes[3];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 3; i++) {
         fake_join(&fakes[i], &world, (const char *[]){"a", "b", "c"}[i], "web", 20);
         for (uint32_t page = 0; page < 20; page++)
@@ -228,7 +220,7 @@ Test(host_sharing, a_segment_goes_when_its_last_user_has_dropped_it)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 100);
         for (uint32_t page = 0; page < 100; page++)
@@ -256,7 +248,7 @@ Test(host_sharing, a_guest_that_dies_leaves_no_use_behind)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 300);
         for (uint32_t page = 0; page < 300; page++)
@@ -281,7 +273,7 @@ Test(host_sharing, a_full_store_refuses_and_what_is_shared_stays)
     struct fake fakes[2];
     char lines[400];
 
-    snprintf(lines, sizeof(lines), "%s[store]\nbudget = 256K\n", web());
+    snprintf(lines, sizeof(lines), "%s[store]\nbudget = 256K\n", world_web());
     world_start(&world, lines);
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 200);
@@ -340,7 +332,7 @@ Test(host_sharing, only_neutral_content_is_shared_where_the_operator_says_so)
         fake_content(color, page_bytes);
         cr_assert_eq(write(fd, page_bytes, PAGE_BYTES), (ssize_t)PAGE_BYTES);
     }
-    snprintf(lines, sizeof(lines), "%sneutral = %s\n", web(), path);
+    snprintf(lines, sizeof(lines), "%sneutral = %s\n", world_web(), path);
     world_start(&world, lines);
     for (int i = 0; i < 2; i++) {
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 100);
@@ -398,7 +390,7 @@ Test(host_sharing, nothing_is_lost_or_counted_wrong_in_a_long_random_run, .timeo
     uint32_t wanted = 0, shared = 0;
 
     srand(3);
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < GUESTS; i++) {
         char name[2] = {(char)('a' + i), 0};
 
@@ -455,7 +447,7 @@ Test(host_sharing, many_small_segments_become_one, .timeout = 120)
     struct world world;
     struct fake fakes[2];
 
-    world_start(&world, web());
+    world_start(&world, world_web());
     for (int i = 0; i < 2; i++)
         fake_join(&fakes[i], &world, i ? "b" : "a", "web", 400);
     for (uint32_t round = 0; round < 18; round++) {

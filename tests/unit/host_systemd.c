@@ -148,26 +148,6 @@ static uint32_t stored_count(void)
     return count;
 }
 
-static const char *web(void)
-{
-    static char config[128];
-
-    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
-    return config;
-}
-
-static void share(struct world *world, struct fake *fakes)
-{
-    world_start(world, web());
-    for (int i = 0; i < 2; i++) {
-        fake_join(&fakes[i], world, i ? "b" : "a", "web", PAGES);
-        for (uint32_t page = 0; page < PAGES; page++)
-            fake_write(&fakes[i], page, page + 1);
-        fake_offer_all(&fakes[i]);
-    }
-    UNTIL(world, fakes, 2, fake_shared(&fakes[0]) + fake_shared(&fakes[1]) == 2 * PAGES);
-}
-
 static bool same_file(int a, int b)
 {
     struct stat one, other;
@@ -183,7 +163,7 @@ Test(host_systemd, the_manager_is_told_of_the_start_the_end_and_every_segment, .
     char name[64];
 
     start_manager();
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     UNTIL(&world, fakes, 2, was_told("READY=1"));
     for (uint32_t segment = 0; segment < FAKE_SEGMENTS; segment++) {
         if (fakes[0].segments[segment] < 0)
@@ -245,7 +225,7 @@ static int restart_with(struct world *world, const struct offered *offered)
         setenv("LISTEN_FDS", text, 1);
         setenv("LISTEN_FDNAMES", offered->names, 1);
         freopen("/dev/null", "w", stderr);
-        world_restart(world, web());
+        world_restart(world, world_web());
         _exit(world->daemon.domains.first ? (int)world->daemon.domains.first->store.segment_count
                                           : 0);
     }
@@ -309,7 +289,7 @@ Test(host_systemd, a_restarted_memd_takes_back_what_is_on_record_and_nothing_els
     int fd, foreign, unsealed;
 
     start_manager();
-    share(&world, fakes);
+    fakes_share(&world, fakes, PAGES);
     daemon_stop(&world.daemon);
     world.running = false;
     segment = only_segment(&fakes[0]);

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "log.h"
+#include "send_with.h"
 
 /* ---- the daemon ---- */
 
@@ -97,6 +98,14 @@ struct guest *world_register(struct world *world, const char *name, const char *
     return guest;
 }
 
+const char *world_web(void)
+{
+    static char config[64];
+
+    snprintf(config, sizeof(config), "[domain web]\nuids = 0 %u\n", (unsigned)getuid());
+    return config;
+}
+
 /* ---- an agent ---- */
 
 void fake_content(uint32_t color, void *into)
@@ -137,22 +146,8 @@ void fake_connect(struct fake *fake, struct world *world, const char *token)
 
 void fake_send(struct fake *fake, const void *message, uint32_t bytes, int fd)
 {
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec piece = {(void *)message, bytes};
-    struct msghdr header = {.msg_iov = &piece, .msg_iovlen = 1};
-
-    if (fd >= 0) {
-        struct cmsghdr *rights = (struct cmsghdr *)(void *)control;
-
-        header.msg_control = control;
-        header.msg_controllen = sizeof(control);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(rights), &fd, sizeof(fd));
-    }
     for (int tries = 0; tries < 1000; tries++) {
-        if (sendmsg(fake->fd, &header, MSG_NOSIGNAL) >= 0 || errno != EAGAIN)
+        if (send_with(fake->fd, message, bytes, &fd, fd >= 0, 0) != -EAGAIN)
             return;
         if (fake->world->running)
             world_turn(fake->world);
@@ -467,4 +462,16 @@ uint32_t fake_shared(const struct fake *fake)
 struct trust_domain *fake_domain(const struct fake *fake)
 {
     return agents_member(fake->guest->session)->domain;
+}
+
+void fakes_share(struct world *world, struct fake *fakes, uint32_t pages)
+{
+    world_start(world, world_web());
+    for (int i = 0; i < 2; i++) {
+        fake_join(&fakes[i], world, i ? "b" : "a", "web", pages);
+        for (uint32_t page = 0; page < pages; page++)
+            fake_write(&fakes[i], page, page + 1);
+        fake_offer_all(&fakes[i]);
+    }
+    UNTIL(world, fakes, 2, fake_shared(&fakes[0]) + fake_shared(&fakes[1]) == 2 * pages);
 }

@@ -49,6 +49,8 @@ struct fake {
     bool detach_came;
 };
 
+/* Lines of memd.conf: a domain "web" that admits this process. */
+const char *world_web(void);
 /* config: lines of memd.conf behind the usual [host]; may be "". */
 void world_start(struct world *world, const char *config);
 void world_stop(struct world *world);
@@ -92,6 +94,8 @@ void fake_offer(struct fake *fake, uint32_t page);
 void fake_offer_all(struct fake *fake);
 void fake_stats(struct fake *fake);
 uint32_t fake_shared(const struct fake *fake);
+/* Starts the world with two guests of the domain "web", "a" and "b", that share all their pages. */
+void fakes_share(struct world *world, struct fake *fakes, uint32_t pages);
 /* The bytes behind a color. */
 void fake_content(uint32_t color, void *into);
 

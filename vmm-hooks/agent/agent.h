@@ -6,6 +6,8 @@
  *   scanner  (run.c, session.c) talks to memd, scans, merges. Everything that is not guest_ram
  *            belongs to it.
  *   handler  (fault.c) serves faults.
+ *   mover's  (migration.c, while the guest moves and after) serves the mover and calls hooks; the
+ *            engine that it drives (memd/postcopy/agent) has one or two threads of its own.
  *   the VMM's own threads come in through attach.c and preload.c: they register RAM, discard
  *            pages, and take RAM away. They touch guest_ram under a block's lock, and the few
  *            words below that are marked so.
@@ -22,6 +24,8 @@
 #include "fault.h"
 #include "gate.h"
 #include "merge.h"
+#include "migration.h"
+#include "restore.h"
 #include "rpc.h"
 #include "scan.h"
 #include "segments.h"
@@ -44,8 +48,10 @@ struct memd_vm {
     struct segments segments;
     struct scanner scanner;
     struct merge_stats merge;
-    struct gate gate;
+    struct gate gate; /* under migration.gate */
     struct rpc rpc;
+    struct migration migration;
+    struct restore restore; /* a saved guest that comes from a file */
 
     char socket[108];
     char token[PROTOCOL_TOKEN_BYTES];
@@ -58,10 +64,12 @@ struct memd_vm {
     struct lock words;
     uint32_t state; /* enum agent_state */
     uint32_t stop;
-    uint32_t forked;            /* this is a child of the VMM, without our threads */
-    uint32_t registers_begun;   /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
-    uint32_t registers_ended;   /* and calls that are over */
-    uint32_t direct_io_changed; /* a file was opened: look at the descriptors again */
+    uint32_t in_turn;         /* the scanner is doing something; */
+    uint32_t turns;           /* turns that it has ended */
+    uint32_t forked;          /* this is a child of the VMM, without our threads */
+    uint32_t *mark;           /* 1, and 0 in a child; or NULL */
+    uint32_t registers_begun; /* UFFDIO_REGISTER by the VMM itself: calls that came in, */
+    uint32_t registers_ended; /* and calls that are over */
     char reason[PROTOCOL_TEXT_BYTES];
     uint32_t news; /* state or reason have changed since memd was told */
     uint32_t left_alone_count;
@@ -77,6 +85,7 @@ struct memd_vm {
     uint32_t announced; /* blocks told to memd */
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;
+    uint32_t urgent_told;
     struct message_stats told;                  /* what memd was told last */
     struct ring_entry merges[AGENT_MAX_MERGES]; /* taken from the ring, not yet done */
     uint32_t merge_count;
@@ -96,10 +105,18 @@ struct memd_vm {
     uint64_t cpu_at_ns;
     uint64_t looked_at_ns; /* when it was last looked whether anything may be frozen */
     bool freeze_allowed;
-    bool unpinned_kvm; /* see descriptors.h */
-    uint32_t vmas;
+    bool unpinned_kvm;         /* see descriptors.h */
+    uint32_t vmas;             /* when they were counted last */
+    uint64_t unmerges_counted; /* ram.unmerges then */
     uint32_t vma_limit;
 };
+
+/* Is this a child of the VMM: a copy of its memory, without our threads? (Not one of vfork, which
+ * has no memory of its own.) */
+static inline bool agent_is_child(const struct memd_vm *vm)
+{
+    return vm->forked || (vm->mark && !*vm->mark);
+}
 
 /* attach.c */
 
@@ -119,21 +136,29 @@ void agent_give_up(struct memd_vm *vm, const char *reason);
 /* Up to so many blocks can be touched by one call of the VMM. */
 #define AGENT_MAX_LEAVING RAM_MAX_BLOCKS
 
+/* A call of the VMM's that memd can't follow, and the blocks that it touches. The first five are
+ * the caller's, the others 0. */
 struct agent_leaving {
+    void *changed; /* a mapping that becomes another one, or moves; or NULL */
+    size_t changed_bytes;
+    void *ended; /* what is mapped here ends; or NULL */
+    size_t ended_bytes;
+    bool whole; /* if the call fails, all of `ended` is as before (munmap; not MAP_FIXED) */
     uint32_t count;
     struct ram_block *blocks[AGENT_MAX_LEAVING];
 };
 
 /*
- * The VMM is about to change the mapping of [addr, addr + bytes) in a way that memd can't follow:
- * every block that it touches is given back. With `unmapping`, pages that are all within the range
- * are not copied first. The blocks stay locked until agent_leave_end, so that the change and our
- * letting go are one.
+ * Before the call: every block that it touches is given back to the VMM. What is certain to end
+ * altogether (`whole`) is not copied for that. The blocks stay locked until agent_leave_end, so
+ * that the change and our letting go are one. Nothing is forgotten yet that a call which fails
+ * would leave in the store's mappings.
  */
-void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
-                       struct agent_leaving *leaving);
-void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving);
-/* Between the two: has something stayed in the store's mappings, which can't be moved elsewhere? */
+void agent_leave_begin(struct memd_vm *vm, struct agent_leaving *leaving);
+/* After it: did the call succeed? Then `ended` holds something else now. */
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving, bool done);
+/* Between the two: has something of `changed` stayed in the store's mappings (there was no memory
+ * to copy it to)? It can't be moved elsewhere then. */
 bool agent_leave_is_partial(const struct agent_leaving *leaving);
 
 /* memd_ram_discard with the VMM's own advice. 0 or -errno. */
@@ -171,5 +196,10 @@ uint64_t run_cpu_ns(const struct memd_vm *vm);
 bool run_may_freeze(void *vm, struct ram_block *block, uint32_t index, uint32_t pages);
 /* How long a run must be now to be worth two more VMAs; 0: no VMA may be spent at all. */
 uint32_t run_shortest_run(const struct memd_vm *vm);
+/* Will a single page still be worth two VMAs when so many runs were merged? */
+bool run_may_scatter(const struct memd_vm *vm, uint32_t runs);
+/* Counts the VMAs anew where what is known of them is far too much perhaps (by an eighth of the
+ * budget: a count takes a microsecond a VMA). True: it did. */
+bool run_count_again(struct memd_vm *vm);
 
 #endif

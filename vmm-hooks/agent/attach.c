@@ -111,6 +111,23 @@ static void read_vma_limit(struct memd_vm *vm)
     vm->vma_limit = (uint32_t)(limit > 0 ? limit : 65530) / 4 * 3;
 }
 
+/* A page that the kernel empties in a child, however that was made. Without it, only what libc
+ * tells is known. */
+static void map_mark(struct memd_vm *vm)
+{
+    uint32_t *mark =
+        sys_mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (sys_failed(mark))
+        return;
+    if (sys_madvise(mark, PAGE_BYTES, MADV_WIPEONFORK) < 0) {
+        sys_munmap(mark, PAGE_BYTES);
+        return;
+    }
+    *mark = 1;
+    vm->mark = mark;
+}
+
 static int start_threads(struct memd_vm *vm)
 {
     sigset_t all;
@@ -135,6 +152,8 @@ static int start_threads(struct memd_vm *vm)
 static void free_vm(struct memd_vm *vm)
 {
     sys_close(vm->stop_fd);
+    if (vm->mark)
+        sys_munmap(vm->mark, PAGE_BYTES);
     sys_munmap(vm, sizeof(*vm));
     __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
 }
@@ -156,6 +175,7 @@ int agent_attach(const struct memd_options *options, struct memd_vm **ret_vm)
     vm->stop_fd = (int)sys_call2(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
     r = copy_options(vm, options);
     read_vma_limit(vm);
+    map_mark(vm);
     if (r == 0)
         r = start_threads(vm);
     if (r < 0) {
@@ -193,7 +213,7 @@ static int check_handle(const struct memd_vm *vm)
     if (!vm || vm != the_vm)
         return -EBADF;
     /* The userfaultfds of a child are its parent's, and work on the parent's memory. */
-    return vm->forked ? -EAGAIN : 0;
+    return agent_is_child(vm) ? -EAGAIN : 0;
 }
 
 static bool is_a_range(const void *addr, size_t bytes)
@@ -259,19 +279,25 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
     return r;
 }
 
-/* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
-static bool is_private(const struct ram_block *block)
+/* Nobody needs the fault handler in this block. */
+static bool is_at_rest(const struct ram_block *block)
 {
     for (uint32_t c = 0; c < block->chunk_count; c++)
         if (block->chunks[c].state == CHUNK_ARMED)
             return false;
-    return block->counts[PLACE_SHARED] == 0 && block->captives == 0;
+    return block->counts[PLACE_SHARED] == 0;
+}
+
+/* Nothing of the block is in the store's mappings or registered: it can be forgotten. */
+static bool is_private(const struct ram_block *block)
+{
+    return is_at_rest(block) && block->captives == 0;
 }
 
 /* Caller holds both locks. The block is forgotten unless something of it is still in the store. */
 static void let_go(struct memd_vm *vm, struct ram_block *block)
 {
-    block->resting = true;
+    block->resting = block->given_back = true;
     for (uint32_t c = 0; c < block->chunk_count; c++)
         discard_stand_down(&vm->ram, block, c);
     if (is_private(block))
@@ -290,28 +316,25 @@ static void forget_part(struct memd_vm *vm, struct ram_block *block, const uint8
                    (uint32_t)((to - from + (long)PAGE_BYTES - 1) / (long)PAGE_BYTES));
 }
 
-/* Whole blocks that go need not be copied first. */
-static void take_leave(struct memd_vm *vm, struct ram_block *block, const uint8_t *addr,
-                       size_t bytes, bool unmapping)
+static bool ends_whole(const struct agent_leaving *leaving, const struct ram_block *block)
 {
-    if (unmapping && covers(block, addr, bytes)) {
-        ram_forget(&vm->ram, block);
-        return;
-    }
-    let_go(vm, block);
-    if (unmapping && block->live)
-        forget_part(vm, block, addr, bytes);
+    return leaving->whole && covers(block, leaving->ended, leaving->ended_bytes);
 }
 
-void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapping,
-                       struct agent_leaving *leaving)
+static bool touches(const struct agent_leaving *leaving, const struct ram_block *block)
+{
+    return overlaps(block, leaving->changed, leaving->changed_bytes) ||
+           overlaps(block, leaving->ended, leaving->ended_bytes);
+}
+
+void agent_leave_begin(struct memd_vm *vm, struct agent_leaving *leaving)
 {
     leaving->count = 0;
     /* All of the reading locks before the first block lock: whoever holds the one may be waiting
      * for the fault handler, and that for the other. */
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
         struct ram_block *block = &vm->ram.blocks[i];
-        if (!block->live || !overlaps(block, addr, bytes) || leaving->count == AGENT_MAX_LEAVING)
+        if (!block->live || !touches(leaving, block))
             continue;
         lock_take(&block->reading);
         leaving->blocks[leaving->count++] = block;
@@ -319,16 +342,27 @@ void agent_leave_begin(struct memd_vm *vm, void *addr, size_t bytes, bool unmapp
     for (uint32_t i = 0; i < leaving->count; i++) {
         struct ram_block *block = leaving->blocks[i];
         lock_take(&block->lock);
-        if (block->live)
-            take_leave(vm, block, addr, bytes, unmapping);
+        if (block->live && !ends_whole(leaving, block))
+            let_go(vm, block);
     }
 }
 
-void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
+/* What the block has in `ended` is not in the store's mappings any more. */
+static void forget_ended(struct memd_vm *vm, struct ram_block *block,
+                         const struct agent_leaving *leaving)
 {
-    (void)vm;
+    if (covers(block, leaving->ended, leaving->ended_bytes))
+        ram_forget(&vm->ram, block);
+    else if (overlaps(block, leaving->ended, leaving->ended_bytes))
+        forget_part(vm, block, leaving->ended, leaving->ended_bytes);
+}
+
+void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving, bool done)
+{
     while (leaving->count > 0) {
         struct ram_block *block = leaving->blocks[--leaving->count];
+        if (done && block->live)
+            forget_ended(vm, block, leaving);
         lock_release(&block->lock);
         lock_release(&block->reading);
     }
@@ -337,7 +371,8 @@ void agent_leave_end(struct memd_vm *vm, struct agent_leaving *leaving)
 bool agent_leave_is_partial(const struct agent_leaving *leaving)
 {
     for (uint32_t i = 0; i < leaving->count; i++)
-        if (leaving->blocks[i]->live)
+        if (leaving->blocks[i]->live &&
+            overlaps(leaving->blocks[i], leaving->changed, leaving->changed_bytes))
             return true;
     return false;
 }
@@ -345,8 +380,9 @@ bool agent_leave_is_partial(const struct agent_leaving *leaving)
 int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
 {
     struct ram_block *block;
-    struct agent_leaving leaving;
+    struct agent_leaving leaving = {.changed = addr, .changed_bytes = bytes};
     int r = check_handle(vm);
+    bool remote;
     bool gone;
 
     if (r < 0)
@@ -354,9 +390,17 @@ int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes)
     block = ram_find(&vm->ram, addr);
     if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
         return -ENOENT;
-    agent_leave_begin(vm, addr, bytes, false, &leaving);
-    gone = !block->live || block->counts[PLACE_SHARED] == 0;
-    agent_leave_end(vm, &leaving);
+    lock_take(&block->lock);
+    remote = block->live && block->counts[PLACE_REMOTE] > 0;
+    lock_release(&block->lock);
+    if (remote)
+        return -EBUSY;
+    agent_leave_begin(vm, &leaving);
+    /* With its captives: what is mapped here next is not ours to discard. */
+    if (block->live && is_at_rest(block))
+        ram_forget(&vm->ram, block);
+    gone = !block->live;
+    agent_leave_end(vm, &leaving, true);
     return gone ? 0 : -ENOMEM;
 }
 
@@ -419,7 +463,9 @@ int agent_discard_in_child(struct memd_vm *vm, void *addr, size_t bytes, int adv
         struct ram_block *block = ram_find(&vm->ram, at);
         uint32_t index = block ? (uint32_t)((at - block->base) / (long)PAGE_BYTES) : 0;
         int r = 0;
-        if (block && (ram_place(block, index) == PLACE_SHARED || ram_captive(block, index))) {
+        /* RAM that the child did not get is not there, but what it has mapped since may be. */
+        if (block && !(block->attributes & RAM_DONTFORK) &&
+            (ram_place(block, index) == PLACE_SHARED || ram_captive(block, index))) {
             void *fresh = sys_mmap(at, PAGE_BYTES, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
             r = sys_failed(fresh) ? (int)(intptr_t)fresh : 0;
@@ -442,6 +488,26 @@ int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes)
         return -EINVAL;
     return r == 0 ? agent_discard(vm, addr, bytes, MADV_DONTNEED)
                   : agent_discard_in_child(vm, addr, bytes, MADV_DONTNEED);
+}
+
+int memd_ram_restore(struct memd_vm *vm, void *addr, size_t bytes, int fd, uint64_t offset)
+{
+    struct ram_block *block;
+    int r = check_handle(vm);
+
+    if (r < 0)
+        return r;
+    block = ram_find(&vm->ram, addr);
+    if (!block || block->base != addr || (size_t)block->pages * PAGE_BYTES != bytes)
+        return -ENOENT;
+    return restore_begin(&vm->restore, &vm->ram, block, fd, offset);
+}
+
+int memd_ram_restore_wait(struct memd_vm *vm)
+{
+    int r = check_handle(vm);
+
+    return r < 0 ? r : restore_wait(&vm->restore);
 }
 
 /* ---- standing down, detaching ---- */
@@ -487,7 +553,7 @@ void agent_give_up(struct memd_vm *vm, const char *reason)
         lock_release(&block->reading);
     }
     if (vm->ram_open)
-        uffd_unregister(vm->ram.guest_fd, vm->ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES);
+        freeze_disarm(&vm->ram);
 }
 
 static void fill_status(const struct memd_vm *vm, struct memd_status *status)
@@ -540,14 +606,16 @@ int memd_detach(struct memd_vm *vm)
 
     if (r < 0)
         return r;
-    if (pthread_equal(vm->thread, pthread_self()))
+    if (pthread_equal(vm->thread, pthread_self()) || migration_is_caller(vm))
         return -EDEADLK;
     if (agent_stand_down(vm, AGENT_GAVE_UP, "the VMM detached") > 0)
         return -ENOMEM;
     __atomic_store_n(&vm->stop, 1, __ATOMIC_RELEASE);
     sys_call3(SYS_write, vm->stop_fd, &one, sizeof(one));
     pthread_join(vm->thread, NULL);
+    migration_close(vm);
     fault_stop(&vm->handler);
+    restore_close(&vm->restore);
     the_vm = NULL;
     for (uint32_t i = 0; i < vm->ram.block_count; i++)
         if (vm->ram.blocks[i].live)

@@ -54,13 +54,14 @@ static struct {
     uint32_t state;
     struct memd_vm *vm;
     uint32_t memory_locked; /* mlockall was seen before there was an agent */
-    /* Backing files of guest RAM that were answered with private memory. */
-    uint32_t file_count;
+    /* Backing files of guest RAM that were answered with private memory. Without a lock, which a
+     * child of the VMM could find taken for ever. */
     struct ram_file {
+        uint32_t version; /* odd: it is being changed */
         dev_t device;
         ino_t inode;
         uint8_t *address;
-        size_t bytes;
+        size_t bytes; /* 0: none */
     } files[MAX_RAM_FILES];
 } preload;
 
@@ -84,7 +85,7 @@ static struct memd_vm *agent(void)
 {
     struct memd_vm *vm = attached();
 
-    return vm && !vm->forked ? vm : NULL;
+    return vm && !agent_is_child(vm) ? vm : NULL;
 }
 
 /* The agent, if the range touches what may be registered RAM; in a child too. */
@@ -102,7 +103,7 @@ static struct memd_vm *concerned(const void *addr, size_t bytes)
 {
     struct memd_vm *vm = touched(addr, bytes);
 
-    return vm && !vm->forked ? vm : NULL;
+    return vm && !agent_is_child(vm) ? vm : NULL;
 }
 
 /* ---- attaching ---- */
@@ -180,12 +181,19 @@ static void change_attributes(struct ram_block *block, int advice)
             block->attributes = (block->attributes & ~changes[i].clear) | changes[i].set;
 }
 
+/* The blocks of the range are the VMM's alone from now on. */
+static void give_back(struct memd_vm *vm, void *addr, size_t bytes)
+{
+    struct agent_leaving leaving = {.changed = addr, .changed_bytes = bytes};
+
+    agent_leave_begin(vm, &leaving);
+    agent_leave_end(vm, &leaving, true);
+}
+
 /* For a whole block, or several: the shadow gets it too. For a part: that block is given back. */
 static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int advice)
 {
-    struct agent_leaving leaving;
     uint8_t *end = (uint8_t *)addr + bytes;
-    int r;
 
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
         struct ram_block *block = &vm->ram.blocks[i];
@@ -193,8 +201,7 @@ static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int ad
         if (!block->live || end <= block->base || (uint8_t *)addr >= block_end)
             continue;
         if ((uint8_t *)addr > block->base || end < block_end) {
-            agent_leave_begin(vm, addr, bytes, false, &leaving);
-            agent_leave_end(vm, &leaving);
+            give_back(vm, addr, bytes);
             agent_say(vm, "the VMM gave a part of its RAM attributes of its own (madvise)");
             continue;
         }
@@ -205,36 +212,95 @@ static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int ad
         }
         lock_release(&block->lock);
     }
-    r = sys_madvise(addr, bytes, advice);
-    return r;
+    return sys_madvise(addr, bytes, advice);
 }
 
-/* The RAM file that the VMM believes to be mapped at the address, or NULL. */
-static const struct ram_file *file_at(const void *addr)
+/* The i-th RAM file, if there is one. */
+static bool read_file(uint32_t i, struct ram_file *ret_file)
 {
-    uint32_t count = __atomic_load_n(&preload.file_count, __ATOMIC_ACQUIRE);
+    const struct ram_file *file = &preload.files[i];
+    uint32_t version = __atomic_load_n(&file->version, __ATOMIC_ACQUIRE);
+    struct ram_file copy = *file;
 
-    for (uint32_t i = 0; i < count; i++) {
-        const struct ram_file *file = &preload.files[i];
-        if ((const uint8_t *)addr >= file->address &&
-            (const uint8_t *)addr < file->address + file->bytes)
-            return file;
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (version % 2 || __atomic_load_n(&file->version, __ATOMIC_RELAXED) != version ||
+        copy.bytes == 0)
+        return false;
+    *ret_file = copy;
+    return true;
+}
+
+/* Puts a RAM file into a free place (`free`), or nothing into one that is not. False: it is not
+ * such a place, or another thread is there. */
+static bool write_file(uint32_t i, bool free, const struct ram_file *from)
+{
+    struct ram_file *file = &preload.files[i];
+    uint32_t version = __atomic_load_n(&file->version, __ATOMIC_ACQUIRE);
+
+    if (version % 2 || !__atomic_compare_exchange_n(&file->version, &version, version + 1, false,
+                                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return false;
+    if ((file->bytes == 0) != free) {
+        __atomic_store_n(&file->version, version, __ATOMIC_RELEASE);
+        return false;
     }
-    return NULL;
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    file->device = from->device;
+    file->inode = from->inode;
+    file->address = from->address;
+    file->bytes = from->bytes;
+    __atomic_store_n(&file->version, version + 2, __ATOMIC_RELEASE);
+    return true;
 }
 
-/* The RAM file behind the VMM's descriptor, or NULL. */
-static const struct ram_file *file_of(int fd)
+static bool add_file(const struct ram_file *file)
 {
-    uint32_t count = __atomic_load_n(&preload.file_count, __ATOMIC_ACQUIRE);
+    for (uint32_t i = 0; i < MAX_RAM_FILES; i++)
+        if (write_file(i, true, file))
+            return true;
+    return false;
+}
+
+/* Takes out the RAM files that lie within the range: their mappings are about to end. Before they
+ * do, or it could be another thread's new ones. Returns how many, for add_file if they stay. */
+static uint32_t remove_files(const void *addr, size_t bytes, struct ram_file *ret_files)
+{
+    static const struct ram_file none;
+    const uint8_t *from = addr;
+    uint32_t count = 0;
+
+    for (uint32_t i = 0; i < MAX_RAM_FILES; i++) {
+        struct ram_file file;
+        if (read_file(i, &file) && file.address >= from && (size_t)(file.address - from) <= bytes &&
+            bytes - (size_t)(file.address - from) >= file.bytes && write_file(i, false, &none))
+            ret_files[count++] = file;
+    }
+    return count;
+}
+
+/* Is it in a RAM file, as the VMM believes? */
+static bool is_in_file(const void *addr)
+{
+    struct ram_file file;
+
+    for (uint32_t i = 0; i < MAX_RAM_FILES; i++)
+        if (read_file(i, &file) && (const uint8_t *)addr >= file.address &&
+            (const uint8_t *)addr < file.address + file.bytes)
+            return true;
+    return false;
+}
+
+/* The RAM file behind the VMM's descriptor, if it is one. */
+static bool find_file(int fd, struct ram_file *ret_file)
+{
     struct stat st;
 
-    if (count == 0 || sys_call2(SYS_fstat, fd, &st) < 0)
-        return NULL;
-    for (uint32_t i = 0; i < count; i++)
-        if (preload.files[i].device == st.st_dev && preload.files[i].inode == st.st_ino)
-            return &preload.files[i];
-    return NULL;
+    if (sys_call2(SYS_fstat, fd, &st) < 0)
+        return false;
+    for (uint32_t i = 0; i < MAX_RAM_FILES; i++)
+        if (read_file(i, ret_file) && ret_file->device == st.st_dev && ret_file->inode == st.st_ino)
+            return true;
+    return false;
 }
 
 static int advise(void *addr, size_t bytes, int advice)
@@ -246,12 +312,12 @@ static int advise(void *addr, size_t bytes, int advice)
     vm = touched(addr, bytes);
     if (!vm || (is_discard(advice) && !discards_are_ours))
         return sys_madvise(addr, bytes, advice);
-    if (vm->forked)
+    if (agent_is_child(vm))
         return is_discard(advice) ? agent_discard_in_child(vm, addr, bytes, advice)
                                   : sys_madvise(addr, bytes, advice);
     if (is_discard(advice))
         return agent_discard(vm, addr, bytes,
-                             advice == MADV_REMOVE && file_at(addr) ? MADV_DONTNEED : advice);
+                             advice == MADV_REMOVE && is_in_file(addr) ? MADV_DONTNEED : advice);
     if (is_attribute(advice))
         return advise_attribute(vm, addr, bytes, advice);
     return sys_madvise(addr, bytes, advice);
@@ -303,35 +369,66 @@ static bool is_ram_file(int fd)
 
 static void *answer_ram_file(void *addr, size_t bytes, int prot, int flags, int fd)
 {
-    void *at;
+    struct ram_file file = {.bytes = bytes};
     struct stat st;
 
-    /* A file too many is mapped as the VMM asked, and left alone. */
-    if (preload.file_count == MAX_RAM_FILES || sys_call2(SYS_fstat, fd, &st) < 0)
+    if (sys_call2(SYS_fstat, fd, &st) < 0)
         return sys_mmap(addr, bytes, prot, flags, fd, 0);
-    flags &= ~(MAP_SHARED | MAP_SHARED_VALIDATE | MAP_SYNC);
-    at = sys_mmap(addr, bytes, prot, flags | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (!sys_failed(at)) {
-        preload.files[preload.file_count] = (struct ram_file){st.st_dev, st.st_ino, at, bytes};
-        __atomic_store_n(&preload.file_count, preload.file_count + 1, __ATOMIC_RELEASE);
-    }
-    return at;
+    file.device = st.st_dev;
+    file.inode = st.st_ino;
+    file.address = sys_mmap(addr, bytes, prot,
+                            (flags & ~(MAP_SHARED | MAP_SHARED_VALIDATE | MAP_SYNC)) | MAP_PRIVATE |
+                                MAP_ANONYMOUS,
+                            -1, 0);
+    if (sys_failed(file.address) || add_file(&file))
+        return file.address;
+    /* A file too many is mapped as the VMM asked, and left alone. */
+    if (!(flags & MAP_FIXED))
+        sys_munmap(file.address, bytes);
+    return sys_mmap(addr, bytes, prot, flags, fd, 0);
+}
+
+/* A call that ends what is mapped at [addr, addr + bytes). */
+struct ending {
+    struct memd_vm *vm; /* NULL: not in guest RAM */
+    struct agent_leaving leaving;
+    uint32_t file_count;
+    struct ram_file files[MAX_RAM_FILES];
+};
+
+static void begin_ending(struct ending *ending, void *addr, size_t bytes, bool whole)
+{
+    ending->vm = concerned(addr, bytes);
+    ending->file_count = remove_files(addr, bytes, ending->files);
+    if (!ending->vm)
+        return;
+    ending->leaving = (struct agent_leaving){.ended = addr, .ended_bytes = bytes, .whole = whole};
+    agent_leave_begin(ending->vm, &ending->leaving);
+}
+
+static void end_ending(struct ending *ending, bool done)
+{
+    if (ending->vm)
+        agent_leave_end(ending->vm, &ending->leaving, done);
+    while (!done && ending->file_count > 0)
+        (void)add_file(&ending->files[--ending->file_count]);
 }
 
 static void *map(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset)
 {
-    struct memd_vm *vm = (flags & MAP_FIXED) ? concerned(addr, bytes) : NULL;
-    struct agent_leaving leaving;
+    struct ending ending;
     void *at;
 
+    /* Not whole: the kernel may have unmapped what was there before it finds that it can't. */
+    if (flags & MAP_FIXED)
+        begin_ending(&ending, addr, bytes, false);
     if (fd >= 0 && (flags & MAP_SHARED) && !(flags & MAP_ANONYMOUS) && offset == 0 &&
         is_ram_file(fd))
-        return answer_ram_file(addr, bytes, prot, flags, fd);
-    if (!vm)
-        return sys_mmap(addr, bytes, prot, flags, fd, offset);
-    agent_leave_begin(vm, addr, bytes, true, &leaving);
-    at = sys_mmap(addr, bytes, prot, flags, fd, offset);
-    agent_leave_end(vm, &leaving);
+        at = answer_ram_file(addr, bytes, prot, flags, fd);
+    else
+        at = sys_mmap(addr, bytes, prot, flags, fd, offset);
+    if (flags & MAP_FIXED)
+        end_ending(&ending, !sys_failed(at));
     return at;
 }
 
@@ -347,57 +444,53 @@ EXPORT void *mmap64(void *addr, size_t bytes, int prot, int flags, int fd, off64
 
 EXPORT int munmap(void *addr, size_t bytes)
 {
-    struct memd_vm *vm = concerned(addr, bytes);
-    struct agent_leaving leaving;
+    struct ending ending;
     int r;
 
-    if (!vm)
-        return (int)finish(sys_munmap(addr, bytes));
-    agent_leave_begin(vm, addr, bytes, true, &leaving);
+    begin_ending(&ending, addr, bytes, true);
     r = sys_munmap(addr, bytes);
-    agent_leave_end(vm, &leaving);
+    end_ending(&ending, r == 0);
     return (int)finish(r);
 }
 
 EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ...)
 {
-    struct memd_vm *vm = concerned(old, old_bytes ? old_bytes : 1);
-    struct agent_leaving leaving;
-    void *to = NULL;
+    struct agent_leaving leaving = {.changed = old,
+                                    .changed_bytes = old_bytes ? old_bytes : PAGE_BYTES};
+    struct memd_vm *vm = concerned(old, leaving.changed_bytes);
     void *at;
     va_list list;
 
-    va_start(list, flags);
-    if (flags & MREMAP_FIXED)
-        to = va_arg(list, void *);
-    va_end(list);
-    if (!vm && (flags & MREMAP_FIXED))
-        vm = concerned(to, new_bytes);
-    if (!vm)
-        return (void *)finish((long)sys_mremap(old, old_bytes, new_bytes, flags, to));
-    /* One of the two ranges is RAM, never both. */
-    agent_leave_begin(vm, old, old_bytes ? old_bytes : PAGE_BYTES, false, &leaving);
-    if (leaving.count == 0 && (flags & MREMAP_FIXED))
-        agent_leave_begin(vm, to, new_bytes, true, &leaving);
-    if (agent_leave_is_partial(&leaving))
+    if (flags & MREMAP_FIXED) {
+        va_start(list, flags);
+        leaving.ended = va_arg(list, void *);
+        leaving.ended_bytes = new_bytes;
+        va_end(list);
+        if (!vm)
+            vm = concerned(leaving.ended, new_bytes);
+    }
+    if (vm)
+        agent_leave_begin(vm, &leaving);
+    if (vm && agent_leave_is_partial(&leaving))
         at = (void *)-ENOMEM; /* a page in the store's mapping must not leave our sight */
     else
-        at = sys_mremap(old, old_bytes, new_bytes, flags, to);
-    agent_leave_end(vm, &leaving);
+        at = sys_mremap(old, old_bytes, new_bytes, flags, leaving.ended);
+    if (vm)
+        agent_leave_end(vm, &leaving, !sys_failed(at));
     return (void *)finish((long)at);
 }
 
 EXPORT int mprotect(void *addr, size_t bytes, int prot)
 {
+    struct agent_leaving leaving = {.changed = addr, .changed_bytes = bytes};
     struct memd_vm *vm = concerned(addr, bytes);
-    struct agent_leaving leaving;
     int r;
 
-    if (!vm)
-        return (int)finish(sys_call3(SYS_mprotect, addr, bytes, prot));
-    agent_leave_begin(vm, addr, bytes, false, &leaving);
+    if (vm)
+        agent_leave_begin(vm, &leaving);
     r = (int)sys_call3(SYS_mprotect, addr, bytes, prot);
-    agent_leave_end(vm, &leaving);
+    if (vm)
+        agent_leave_end(vm, &leaving, r == 0);
     return (int)finish(r);
 }
 
@@ -405,12 +498,11 @@ EXPORT int fallocate64(int fd, int mode, off64_t offset, off64_t bytes)
 {
     long r = sys_call4(SYS_fallocate, fd, mode, offset, bytes);
     struct memd_vm *vm = discards_are_ours ? agent() : NULL;
-    const struct ram_file *file =
-        r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) ? file_of(fd) : NULL;
+    struct ram_file file;
 
-    if (file && offset >= 0 && bytes > 0 && (size_t)offset < file->bytes &&
-        (size_t)bytes <= file->bytes - (size_t)offset)
-        r = agent_discard(vm, file->address + offset, (size_t)bytes, MADV_DONTNEED);
+    if (r == 0 && vm && (mode & FALLOC_FL_PUNCH_HOLE) && find_file(fd, &file) && offset >= 0 &&
+        bytes > 0 && (size_t)offset < file.bytes && (size_t)bytes <= file.bytes - (size_t)offset)
+        r = agent_discard(vm, file.address + offset, (size_t)bytes, MADV_DONTNEED);
     return (int)finish(r);
 }
 
@@ -424,12 +516,10 @@ EXPORT int fallocate(int fd, int mode, off_t offset, off_t bytes)
 static void lock_range(uintptr_t addr, size_t bytes)
 {
     struct memd_vm *vm = concerned((const void *)addr, bytes);
-    struct agent_leaving leaving;
 
     if (!vm)
         return;
-    agent_leave_begin(vm, (void *)addr, bytes, false, &leaving);
-    agent_leave_end(vm, &leaving);
+    give_back(vm, (void *)addr, bytes);
     agent_say(vm, "the VMM locked a part of its RAM (mlock)");
 }
 
@@ -459,7 +549,6 @@ EXPORT int mlockall(int flags)
 static void mirror_policy(struct memd_vm *vm, void *addr, size_t bytes, int mode,
                           const unsigned long *mask, unsigned long max)
 {
-    struct agent_leaving leaving;
     uint8_t *end = (uint8_t *)addr + bytes;
 
     for (uint32_t i = 0; i < vm->ram.block_count; i++) {
@@ -468,8 +557,7 @@ static void mirror_policy(struct memd_vm *vm, void *addr, size_t bytes, int mode
         if (!block->live || end <= block->base || (uint8_t *)addr >= block_end)
             continue;
         if ((uint8_t *)addr > block->base || end < block_end) {
-            agent_leave_begin(vm, block->base, PAGE_BYTES, false, &leaving);
-            agent_leave_end(vm, &leaving);
+            give_back(vm, block->base, PAGE_BYTES);
             agent_say(vm, "the VMM gave a part of its RAM a NUMA policy of its own (mbind)");
             continue;
         }
@@ -545,7 +633,7 @@ static void note_open(int flags)
     struct memd_vm *vm = agent();
 
     if (vm && (flags & O_DIRECT))
-        __atomic_store_n(&vm->direct_io_changed, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&vm->ram.direct_io_changed, 1, __ATOMIC_RELEASE);
 }
 
 static int open_at(int directory, const char *path, int flags, mode_t mode)

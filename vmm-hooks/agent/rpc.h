@@ -25,6 +25,7 @@ union rpc_message {
     struct message_words words;
     struct message_segment segment;
     struct message_tune tune;
+    struct message_mover mover;
     uint8_t bytes[RPC_MAX_MESSAGE];
 };
 

@@ -75,27 +75,51 @@ bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint
 {
     struct memd_vm *vm = context;
     uint64_t now = run_now_ns();
+    bool free;
 
-    if (__atomic_exchange_n(&vm->direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
+    if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
         now - vm->looked_at_ns > LOOK_NS) {
         vm->looked_at_ns = now;
         vm->freeze_allowed = nothing_forbids_freezing(vm);
     }
-    return vm->freeze_allowed &&
-           gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    if (!vm->freeze_allowed)
+        return false;
+    lock_take(&vm->migration.gate);
+    free = gate_may_freeze(&vm->gate, ram_address(block, index), (size_t)pages * PAGE_BYTES);
+    lock_release(&vm->migration.gate);
+    return free;
+}
+
+/* So many VMAs there are at most: those that were counted, what merges have added since, and two
+ * for each share that ended (a page broken or discarded in the middle of a run). */
+static uint64_t vma_bound(const struct memd_vm *vm)
+{
+    uint64_t ended = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED) - vm->unmerges_counted;
+
+    return (uint64_t)vm->vmas + vm->merge.vmas_added + 2 * ended;
+}
+
+static uint32_t shortest_run_at(const struct memd_vm *vm, uint64_t vmas)
+{
+    uint64_t limit = vm->vma_limit;
+
+    if (vmas + 2 > limit)
+        return 0;
+    if (vmas < limit / 2)
+        return 1;
+    if (vmas < limit / 4 * 3)
+        return 2;
+    return vmas < limit / 8 * 7 ? 4 : 16;
 }
 
 uint32_t run_shortest_run(const struct memd_vm *vm)
 {
-    uint32_t vmas = vm->vmas + vm->merge.vmas_added;
+    return shortest_run_at(vm, vma_bound(vm));
+}
 
-    if (vmas + 2 > vm->vma_limit)
-        return 0;
-    if (vmas < vm->vma_limit / 2)
-        return 1;
-    if (vmas < vm->vma_limit / 4 * 3)
-        return 2;
-    return vmas < vm->vma_limit / 8 * 7 ? 4 : 16;
+bool run_may_scatter(const struct memd_vm *vm, uint32_t runs)
+{
+    return shortest_run_at(vm, vma_bound(vm) + 2 * (uint64_t)runs) == 1;
 }
 
 static bool offer(void *context, uint32_t page, uint64_t hash)
@@ -105,24 +129,46 @@ static bool offer(void *context, uint32_t page, uint64_t hash)
     return vm->rpc.fd >= 0 && rpc_put(&vm->rpc, RING_OFFER, page, hash);
 }
 
+/* Shares that end may go into the VMM's quarter, but only by half: behind that the kernel's silent
+ * copies are the lesser evil. */
+static void allow_splits(struct memd_vm *vm)
+{
+    int64_t allowed = (int64_t)vm->vma_limit + vm->vma_limit / 6 - vm->vmas;
+
+    __atomic_store_n(&vm->ram.vmas_spent, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&vm->ram.vmas_allowed, allowed > 0 ? allowed : 1, __ATOMIC_RELAXED);
+}
+
 static void count_vmas(struct memd_vm *vm)
 {
+    /* Before it is counted: a share that ends meanwhile is in both. */
+    uint64_t unmerges = __atomic_load_n(&vm->ram.unmerges, __ATOMIC_RELAXED);
     int vmas = procfs_count_vmas();
 
     if (vmas > 0) {
         vm->vmas = (uint32_t)vmas;
         vm->merge.vmas_added = 0;
+        vm->unmerges_counted = unmerges;
+        allow_splits(vm);
     }
 }
 
-/* Counting reads /proc/self/maps, a microsecond a line. What was added is an upper bound, which is
- * enough while it is far from the budget and more is added all the time, or hardly any. */
+bool run_count_again(struct memd_vm *vm)
+{
+    if (vma_bound(vm) <= (uint64_t)vm->vmas + vm->vma_limit / 8)
+        return false;
+    count_vmas(vm);
+    return true;
+}
+
+/* Counting reads /proc/self/maps, a microsecond a line. The upper bound is enough while it is far
+ * from the budget and more is added all the time, or hardly any. */
 static bool is_worth_counting(const struct memd_vm *vm, bool busy)
 {
-    bool many = !busy && vm->merge.vmas_added > vm->vmas / 16;
+    uint64_t bound = vma_bound(vm);
 
-    return many ||
-           (vm->merge.vmas_added > 0 && vm->vmas + vm->merge.vmas_added > vm->vma_limit / 4);
+    return bound > vm->vmas &&
+           ((!busy && bound - vm->vmas > vm->vmas / 16) || bound > vm->vma_limit / 4);
 }
 
 /* ---- setting up ---- */
@@ -189,7 +235,7 @@ static void try_to_resume(struct memd_vm *vm)
     for (uint32_t b = 0; b < vm->ram.block_count; b++) {
         struct ram_block *block = &vm->ram.blocks[b];
         lock_take(&block->lock);
-        block->resting = registers_since(vm, begun);
+        block->resting = block->given_back || registers_since(vm, begun);
         lock_release(&block->lock);
     }
     expected = AGENT_ACTIVE;
@@ -261,7 +307,8 @@ static void end_pass(struct memd_vm *vm)
 static bool may_scan(const struct memd_vm *vm)
 {
     return vm->rpc.fd >= 0 && vm->features & FEATURE_SHARE && vm->ram_open && !vm->paused &&
-           !vm->detached && __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
+           !vm->detached && !migration_holds(vm) &&
+           __atomic_load_n(&vm->state, __ATOMIC_ACQUIRE) == AGENT_ACTIVE;
 }
 
 static enum scan_result scan_slice(struct scanner *scanner, uint64_t start)
@@ -313,9 +360,11 @@ static uint64_t scan_turn(struct memd_vm *vm)
 
 static void turn(struct memd_vm *vm)
 {
-    uint32_t done = session_turn(vm);
+    uint32_t done;
     uint64_t wait;
 
+    __atomic_store_n(&vm->in_turn, 1, __ATOMIC_SEQ_CST);
+    done = session_turn(vm);
     if (vm->rpc.fd < 0 && !vm->detached && run_now_ns() >= vm->next_connect_ns)
         session_open(vm);
     wait = scan_turn(vm);
@@ -329,6 +378,8 @@ static void turn(struct memd_vm *vm)
     }
     if (wait > session_patience_ns(vm))
         wait = session_patience_ns(vm);
+    __atomic_store_n(&vm->in_turn, 0, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&vm->turns, 1, __ATOMIC_SEQ_CST);
     if (done == 0 && wait > 0)
         session_wait(vm, wait);
 }

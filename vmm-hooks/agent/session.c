@@ -76,12 +76,16 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
 
 void session_wait(struct memd_vm *vm, uint64_t ns)
 {
-    struct pollfd polled[2] = {{.fd = vm->stop_fd, .events = POLLIN},
-                               {.fd = vm->rpc.fd, .events = POLLIN}};
+    struct pollfd polled[3] = {{.fd = vm->stop_fd, .events = POLLIN},
+                               {.fd = vm->rpc.fd, .events = POLLIN},
+                               {.fd = migration_wakes(vm), .events = POLLIN}};
+    uint64_t count;
     struct timespec timeout = {.tv_sec = (time_t)(ns / 1000000000ULL),
                                .tv_nsec = (long)(ns % 1000000000ULL)};
 
-    sys_call5(SYS_ppoll, polled, 2, &timeout, NULL, 8);
+    sys_call5(SYS_ppoll, polled, 3, &timeout, NULL, 8);
+    if (polled[2].revents & POLLIN)
+        sys_read(polled[2].fd, &count, sizeof(count));
 }
 
 /* ---- opening ---- */
@@ -231,7 +235,7 @@ static void fill_hello(struct memd_vm *vm, struct message_hello *hello)
         .header = {MESSAGE_HELLO, sizeof(*hello)},
         .magic = PROTOCOL_MAGIC,
         .version = PROTOCOL_VERSION,
-        .features = can_share ? FEATURE_SHARE : 0,
+        .features = can_share ? FEATURE_SHARE | FEATURE_MOVE : 0,
         .scanner_tid = vm->scanner_tid,
         .handler_tid = vm->handler.tid,
         .page_bytes = PAGE_BYTES,
@@ -286,6 +290,7 @@ int session_open(struct memd_vm *vm)
     vm->scanner.secret = welcome.secret;
     vm->announced = 0;
     vm->alone_told = 0;
+    vm->urgent_told = 0;
     vm->gone = 0;
     announce_blocks(vm);
     if (vm->held && welcome.session != vm->session)
@@ -428,6 +433,11 @@ static void take_message(struct memd_vm *vm, union rpc_message *message, int fd)
             detach(vm, &message->words);
         }
         break;
+    case MESSAGE_MOVER:
+        used = big_enough(message, sizeof(message->mover)) && fd >= 0 && vm->ram_open;
+        if (used)
+            migration_take_mover(vm, message->mover.role, fd);
+        break;
     default: break; /* DOORBELL; and what a newer memd may say */
     }
     if (!used && fd >= 0)
@@ -510,9 +520,18 @@ static void report_outcome(struct memd_vm *vm, struct ram_block *block, uint32_t
     }
 }
 
+/* Is a run of so many pages not worth the VMAs that it takes? */
+static bool is_too_short(struct memd_vm *vm, uint32_t pages)
+{
+    uint32_t shortest = run_shortest_run(vm);
+
+    if ((shortest == 0 || pages < shortest) && run_count_again(vm))
+        shortest = run_shortest_run(vm);
+    return shortest == 0 || pages < shortest;
+}
+
 /* Pages that follow each other, in one block. */
-static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint32_t pages,
-                      uint32_t shortest)
+static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint32_t pages)
 {
     uint32_t page = entries[0].page;
     struct ram_block *block = ram_find_page(&vm->ram, page);
@@ -528,10 +547,10 @@ static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint
         return;
     }
     index = page - block->first_page;
-    if (shortest == 0 || pages < shortest) {
+    if (is_too_short(vm, pages)) {
         memset(outcomes, NOT_MERGED_BUDGET, pages);
         agent_say(vm, "the VMA budget is reached: raise vm.max_map_count to share more");
-    } else if (!run_may_freeze(vm, block, index, pages)) {
+    } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
         merge_scattered(&vm->ram, &vm->segments, block, index, slots, pages, outcomes, &vm->merge);
@@ -548,19 +567,21 @@ static bool follows(const struct ring_entry *entry)
     return slot == (uint32_t)entry[-1].arg + 1 && SLOT_PAGE(slot) > 0;
 }
 
-/* Pages that follow each other are merged together. Where VMAs are short they are so only in
- * slots that follow each other as well. */
+/* Pages that follow each other are merged together; where VMAs are short, or would be before the
+ * last of them, only those in slots that follow each other as well. */
 static void merge_entries(struct memd_vm *vm, const struct ring_entry *entries, uint32_t count)
 {
     for (uint32_t i = 0, run; i < count; i += run) {
-        uint32_t shortest = run_shortest_run(vm);
+        uint32_t mappings = 1;
         run = 1;
         while (i + run < count && entries[i + run].page == entries[i].page + run &&
-               (shortest <= 1 || follows(&entries[i + run])) &&
+               (follows(&entries[i + run]) || run_may_scatter(vm, mappings)) &&
                ram_find_page(&vm->ram, entries[i].page) ==
-                   ram_find_page(&vm->ram, entries[i].page + run))
+                   ram_find_page(&vm->ram, entries[i].page + run)) {
+            mappings += !follows(&entries[i + run]);
             run++;
-        merge_run(vm, entries + i, run, shortest);
+        }
+        merge_run(vm, entries + i, run);
     }
 }
 
@@ -570,7 +591,9 @@ static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
     uint32_t slot = (uint32_t)entry->arg;
     uint8_t outcome = NOT_MERGED_GONE;
 
-    if (block)
+    if (block && is_too_short(vm, UINT32_MAX)) /* not for being short: no VMA is left */
+        outcome = NOT_MERGED_BUDGET;
+    else if (block)
         outcome = merge_remap(&vm->ram, &vm->segments, block, entry->page - block->first_page, slot,
                               &vm->merge);
     session_put(vm, outcome ? RING_NOT_MERGED : RING_MERGED, entry->page,
@@ -657,6 +680,18 @@ uint64_t session_patience_ns(const struct memd_vm *vm)
     return vm->merge_count > 0 ? REST_NS : UINT64_MAX;
 }
 
+/* Which thread answers faults, if that has changed. */
+static void report_urgent(struct memd_vm *vm)
+{
+    struct message_urgent message = {.header = {MESSAGE_URGENT, sizeof(message)},
+                                     .tid = migration_urgent_tid(vm)};
+
+    if (!(vm->features & FEATURE_MOVE) || message.tid == vm->urgent_told)
+        return;
+    vm->urgent_told = message.tid;
+    send_surely(vm, &message, sizeof(message), -1);
+}
+
 uint32_t session_turn(struct memd_vm *vm)
 {
     uint32_t done;
@@ -666,6 +701,7 @@ uint32_t session_turn(struct memd_vm *vm)
     done = take_messages(vm);
     if (vm->rpc.fd >= 0 && vm->ram_open) {
         session_report(vm);
+        report_urgent(vm);
         done += take_entries(vm);
     }
     if (__atomic_load_n(&vm->news, __ATOMIC_ACQUIRE))
@@ -782,11 +818,11 @@ static void fill_stats(struct memd_vm *vm, struct message_stats *ret_stats)
 static void fill_times(struct memd_vm *vm, struct message_stats *stats)
 {
     stats->cpu_ns = run_cpu_ns(vm);
-    stats->fault_count = vm->handler.count;
-    stats->fault_p50_us = fault_quantile_us(&vm->handler, 0.50);
-    stats->fault_p99_us = fault_quantile_us(&vm->handler, 0.99);
-    stats->fault_p999_us = fault_quantile_us(&vm->handler, 0.999);
-    stats->fault_max_us = (uint32_t)vm->handler.max_us;
+    stats->fault_count = vm->handler.times.count;
+    stats->fault_p50_us = fault_quantile_us(&vm->handler.times, 0.50);
+    stats->fault_p99_us = fault_quantile_us(&vm->handler.times, 0.99);
+    stats->fault_p999_us = fault_quantile_us(&vm->handler.times, 0.999);
+    stats->fault_max_us = (uint32_t)vm->handler.times.max_us;
 }
 
 static void send_stats(struct memd_vm *vm, struct message_stats *stats)

@@ -134,25 +134,37 @@ size_t board_input(struct machine *machine, const char *bytes, size_t count)
     return room;
 }
 
-void board_save(const struct machine *machine, struct board_state *ret_state)
+void board_save(struct machine *machine, struct board_state *ret_state)
 {
+    struct board *board = &machine->board;
+
+    pthread_mutex_lock(&board->lock);
     memset(ret_state, 0, sizeof(*ret_state));
-    ret_state->serial = machine->board.serial;
-    for (uint32_t i = 0; i < machine->board.virtio_count; i++)
-        ret_state->virtio[i] = virtio_mmio_save(&machine->board.virtio[i]);
+    ret_state->serial = board->serial;
+    ret_state->serial.out_fd = -1;
+    for (uint32_t i = 0; i < board->virtio_count; i++)
+        ret_state->virtio[i] = virtio_mmio_save(&board->virtio[i]);
+    pthread_mutex_unlock(&board->lock);
+}
+
+static bool is_serial(const struct serial *serial)
+{
+    return serial->input_at < SERIAL_INPUT_BYTES && serial->input_count <= SERIAL_INPUT_BYTES;
 }
 
 int board_load(struct machine *machine, const struct board_state *state)
 {
-    int out_fd = machine->board.serial.out_fd;
-    int r = 0;
+    struct board *board = &machine->board;
+    int out_fd = board->serial.out_fd;
+    int r = is_serial(&state->serial) ? 0 : -EINVAL;
 
-    if (state->serial.input_at >= SERIAL_INPUT_BYTES ||
-        state->serial.input_count > SERIAL_INPUT_BYTES)
-        return -EINVAL;
-    machine->board.serial = state->serial;
-    machine->board.serial.out_fd = out_fd;
-    for (uint32_t i = 0; r == 0 && i < machine->board.virtio_count; i++)
-        r = virtio_mmio_load(&machine->board.virtio[i], &state->virtio[i]);
+    pthread_mutex_lock(&board->lock);
+    if (r == 0) {
+        board->serial = state->serial;
+        board->serial.out_fd = out_fd;
+    }
+    for (uint32_t i = 0; r == 0 && i < board->virtio_count; i++)
+        r = virtio_mmio_load(&board->virtio[i], &state->virtio[i]);
+    pthread_mutex_unlock(&board->lock);
     return r;
 }

@@ -41,8 +41,8 @@ void board_mmio(struct vcpu *cpu, uint64_t address, bool write, uint8_t *data, u
 /* Input for the serial port. Returns how much there is still room for. */
 size_t board_input(struct machine *machine, const char *bytes, size_t count);
 
-/* Only while the machine does not run. board_load: 0 or -EINVAL. */
-void board_save(const struct machine *machine, struct board_state *ret_state);
+/* Only while the machine does not run. board_load: 0, or -EINVAL: parts of it may be in place. */
+void board_save(struct machine *machine, struct board_state *ret_state);
 int board_load(struct machine *machine, const struct board_state *state);
 
 #endif

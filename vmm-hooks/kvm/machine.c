@@ -27,6 +27,9 @@
 #define FLAGS_RESERVED 2U          /* always set */
 #define CPUID_ENTRIES  100U
 
+/* So long a pause waits at most; a guest's access to a device takes milliseconds. */
+#define PAUSE_LIMIT_S 3
+
 /* ---- making it ---- */
 
 static int complain(const char *what)
@@ -197,32 +200,46 @@ int machine_start(struct machine *machine)
     for (uint32_t i = 0; r == 0 && i < machine->cpu_count; i++)
         r = -pthread_create(&machine->cpus[i].thread, NULL, vcpu_run, &machine->cpus[i]);
     machine->started = r == 0;
+    pthread_cond_broadcast(&machine->parked);
     pthread_mutex_unlock(&machine->lock);
     if (r < 0)
         fprintf(stderr, "memvm: a vCPU's thread: %s\n", strerror(-r));
     return r;
 }
 
-static bool all_parked(const struct machine *machine)
+/* Nothing of the guest's is at work. One that is not started yet is being loaded, unless its state
+ * is to come from elsewhere. */
+static bool is_quiet(const struct machine *machine)
 {
     for (uint32_t i = 0; machine->started && i < machine->cpu_count; i++)
         if (!machine->cpus[i].parked)
             return false;
-    return true;
+    return machine->started || machine->incoming;
+}
+
+/* Caller holds the lock. */
+static void let_go(struct machine *machine)
+{
+    for (uint32_t i = 0; i < machine->cpu_count; i++)
+        pthread_cond_signal(&machine->cpus[i].changed);
 }
 
 int machine_pause(struct machine *machine)
 {
+    struct timespec until;
     int r = 0;
 
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += PAUSE_LIMIT_S;
     pthread_mutex_lock(&machine->lock);
     machine->pauses++;
     kick_all(machine);
-    while (!machine->ended && !all_parked(machine))
-        pthread_cond_wait(&machine->parked, &machine->lock);
-    if (machine->ended) {
+    while (!machine->ended && !is_quiet(machine) && r == 0)
+        r = -pthread_cond_timedwait(&machine->parked, &machine->lock, &until);
+    r = machine->ended ? -ESHUTDOWN : is_quiet(machine) ? 0 : -EBUSY;
+    if (r < 0) {
         machine->pauses--;
-        r = -ESHUTDOWN;
+        let_go(machine);
     }
     pthread_mutex_unlock(&machine->lock);
     return r;
@@ -232,9 +249,26 @@ void machine_resume(struct machine *machine)
 {
     pthread_mutex_lock(&machine->lock);
     machine->pauses--;
-    for (uint32_t i = 0; i < machine->cpu_count; i++)
-        pthread_cond_signal(&machine->cpus[i].changed);
+    let_go(machine);
     pthread_mutex_unlock(&machine->lock);
+}
+
+void machine_loaded(struct machine *machine)
+{
+    pthread_mutex_lock(&machine->lock);
+    machine->incoming = false;
+    let_go(machine);
+    pthread_mutex_unlock(&machine->lock);
+}
+
+bool machine_is_held(struct machine *machine)
+{
+    bool held;
+
+    pthread_mutex_lock(&machine->lock);
+    held = (machine->pauses || machine->incoming) && !machine->ended;
+    pthread_mutex_unlock(&machine->lock);
+    return held;
 }
 
 void machine_wake(struct machine *machine, uint32_t cpu)

@@ -5,7 +5,10 @@
  * Threads
  *   main      sets up, starts the vCPUs, then brings input and signals, saves, ends
  *   vCPU      runs its guest; everything that a device does it does in here, under the board's lock
- *   the agent of memd, which may call machine_pause() and machine_resume()
+ *   the agent of memd, which may pause and resume the machine, and save and load its state
+ *
+ * The machine is *held*, and no vCPU runs, while somebody has paused it or (--incoming) its state
+ * has not come yet.
  *
  * `lock` guards what is marked so. A vCPU looks at it before each entry into the guest. To make it
  * look, it is kicked: the signal's handler sets immediate_exit, so that KVM_RUN comes back with
@@ -34,7 +37,7 @@ struct vcpu {
     pthread_cond_t changed; /* something for this vCPU, under the machine's lock */
 
     /* Under the machine's lock. */
-    bool parked;    /* paused, and its last access to a device is complete */
+    bool parked;    /* held, and its last access to a device is complete */
     bool wake;      /* a HLT is to end */
     uint64_t alarm; /* when its next HLT ends at the latest (CLOCK_MONOTONIC, ns); 0: no alarm */
 
@@ -61,6 +64,7 @@ struct machine {
     int ended_fd;          /* eventfd: readable once it has ended */
     /* Under the lock. */
     uint32_t pauses; /* how many want it paused */
+    bool incoming;   /* its state has still to come */
     bool started, ended;
     int exit_status;
 };
@@ -78,9 +82,14 @@ void machine_map_low(struct machine *machine);
 int machine_start(struct machine *machine);
 
 /* Returns when no vCPU runs and no device is at work; they stay so until as many machine_resume()
- * have come. -ESHUTDOWN: it has ended. Any thread but a vCPU's. */
+ * have come. Waits for some seconds at most: -EBUSY, all is as before (somebody waits for a page
+ * that isn't there, see vcpu.c). -ESHUTDOWN: it has ended. Any thread but a vCPU's. */
 int machine_pause(struct machine *machine);
 void machine_resume(struct machine *machine);
+/* Its state has come: it is held no longer for want of it. */
+void machine_loaded(struct machine *machine);
+
+bool machine_is_held(struct machine *machine);
 
 /* Ends the HLT of this vCPU, or its next one. Any thread. */
 void machine_wake(struct machine *machine, uint32_t cpu);

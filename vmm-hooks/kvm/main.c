@@ -3,8 +3,9 @@
  * memvm: a small VMM on /dev/kvm, which shows how a VMM links memd, and runs memd's own test guest.
  *
  * Start-up, in order: read the options; make the machine; attach to memd (while RAM is empty); load
- * a guest or a saved machine; start the vCPUs. From then on this thread brings input to the serial
- * port, and ends the machine when it is told to, with or without saving it first.
+ * a guest or a saved machine, or neither, when a running one is to come from another host; start
+ * the vCPUs. From then on this thread brings input to the serial port, and ends the machine when it
+ * is told to, with or without saving it first.
  *
  * What it does not do: interrupts, PCI, disks, networks, firmware. A guest is a 64-bit ELF program
  * that lives with what address_map.h says.
@@ -27,7 +28,7 @@
 #include "virtio_rng.h"
 
 #define DEFAULT_MEMORY (16UL << 20)
-#define INPUT_FULL_MS  20 /* the guest has to read first: look again after so long */
+#define INPUT_FULL_MS  20 /* the guest has to read first, or is held: look again after so long */
 
 enum { STATUS_FAILED = 1, STATUS_USAGE = 2 };
 
@@ -35,18 +36,23 @@ struct options {
     uint64_t memory_bytes;
     uint32_t cpus;
     const char *serial, *save, *load;
+    bool incoming;
+    bool lazy;       /* --restore: what is loaded runs before its memory was read */
     char **operands; /* the image, then the words for it */
 };
 
 static const char usage[] =
     "usage: memvm [OPTION...] IMAGE [NAME=VALUE...]\n"
-    "       memvm --load FILE [--serial FILE] [--save FILE]\n"
+    "       memvm --load FILE | --restore FILE [--serial FILE] [--save FILE]\n"
+    "       memvm --incoming [OPTION...]\n"
     "\n"
     "  --memory SIZE   the guest's RAM (16M)\n"
     "  --cpus NUMBER   its vCPUs, 1 to 8 (1)\n"
     "  --serial FILE   what it says goes there, not to standard output\n"
     "  --save FILE     on SIGTERM save the whole machine there before ending\n"
     "  --load FILE     go on with a machine that was saved\n"
+    "  --restore FILE  the same, but at once: its memory comes while it runs\n"
+    "  --incoming      wait for a machine that memd moves here\n"
     "  --help, --version\n"
     "\n"
     "See memvm(1).\n";
@@ -87,10 +93,31 @@ static bool read_option(struct options *options, int option)
     case 'o': options->serial = optarg; return true;
     case 's': options->save = optarg; return true;
     case 'l': options->load = optarg; return true;
+    case 'r':
+        options->load = optarg;
+        options->lazy = true;
+        return true;
+    case 'i': options->incoming = true; return true;
     case 'h': fputs(usage, stdout); exit(fflush(stdout) == 0 ? 0 : STATUS_FAILED);
     case 'v': puts("memvm " MEMD_VERSION); exit(fflush(stdout) == 0 ? 0 : STATUS_FAILED);
     default: return false;
     }
+}
+
+/* The machine comes from one place: an image, a file or another host. */
+static bool check_origin(const struct options *options)
+{
+    bool image = options->operands[0];
+
+    if (options->incoming && options->load)
+        fputs("memvm: --incoming or a saved machine?\n", stderr);
+    else if (image && (options->load || options->incoming))
+        fputs("memvm: what is saved or moved here brings its own image and words\n", stderr);
+    else if (!image && !options->load && !options->incoming)
+        fputs("memvm: which image?\n", stderr);
+    else
+        return true;
+    return false;
 }
 
 static bool read_options(int argc, char **argv, struct options *options)
@@ -98,22 +125,16 @@ static bool read_options(int argc, char **argv, struct options *options)
     static const struct option known[] = {
         {"memory", required_argument, NULL, 'm'}, {"cpus", required_argument, NULL, 'c'},
         {"serial", required_argument, NULL, 'o'}, {"save", required_argument, NULL, 's'},
-        {"load", required_argument, NULL, 'l'},   {"help", no_argument, NULL, 'h'},
+        {"load", required_argument, NULL, 'l'},   {"restore", required_argument, NULL, 'r'},
+        {"incoming", no_argument, NULL, 'i'},     {"help", no_argument, NULL, 'h'},
         {"version", no_argument, NULL, 'v'},      {0}};
-    bool wants_image;
     int option;
 
     while ((option = getopt_long(argc, argv, "+", known, NULL)) != -1)
         if (!read_option(options, option))
             return false;
     options->operands = argv + optind;
-    wants_image = !options->load;
-    if (wants_image != (optind < argc)) {
-        fprintf(stderr, "memvm: %s\n",
-                wants_image ? "which image?" : "--load brings its own image and words");
-        return false;
-    }
-    return true;
+    return check_origin(options);
 }
 
 /* ---- start-up ---- */
@@ -161,23 +182,37 @@ static int load_image(struct machine *machine, const struct options *options)
     return r;
 }
 
+/* What runs, or will: from where the options say. */
+static int load(struct machine *machine, const struct options *options, struct snapshot *snapshot)
+{
+    if (options->load)
+        return snapshot_load(snapshot, machine, options->lazy);
+    if (!options->incoming)
+        return load_image(machine, options);
+    if (machine->memd)
+        return 0;
+    fputs("memvm: --incoming: without memd nothing can come\n", stderr);
+    return -ENOTCONN;
+}
+
 static int set_up(struct machine *machine, struct options *options, int serial_fd)
 {
-    struct snapshot snapshot;
+    static struct snapshot snapshot;
     int r = options->load ? snapshot_open(options->load, &snapshot) : 0;
 
     if (r == 0 && options->load) {
-        options->memory_bytes = snapshot.memory_bytes;
-        options->cpus = snapshot.cpus;
+        options->memory_bytes = snapshot.state.memory_bytes;
+        options->cpus = snapshot.state.cpu_count;
     }
     if (r == 0)
         r = machine_open(machine, options->memory_bytes, options->cpus);
     if (r < 0)
         return r;
+    machine->incoming = options->incoming;
     board_open(machine, serial_fd);
     board_add_virtio(machine, &virtio_rng_ops);
     hook_attach(machine);
-    r = options->load ? snapshot_load(&snapshot, machine) : load_image(machine, options);
+    r = load(machine, options, &snapshot);
     return r == 0 ? machine_start(machine) : r;
 }
 
@@ -194,17 +229,33 @@ static bool bring_input(struct machine *machine, size_t room)
     return got > 0 || (got < 0 && (errno == EINTR || errno == EAGAIN));
 }
 
+/* A machine that is incoming still has nothing to be saved. */
+static int save(struct machine *machine, const char *path)
+{
+    int r = machine->incoming ? -ENODATA : machine_pause(machine);
+
+    if (r < 0) {
+        fprintf(stderr, "memvm: %s: nothing saved: %s\n", path, strerror(-r));
+        return r;
+    }
+    r = snapshot_save(machine, path);
+    machine_end(machine, r == 0 ? 0 : STATUS_FAILED);
+    machine_resume(machine);
+    return r;
+}
+
 static void end_by_signal(struct machine *machine, const struct options *options)
 {
-    int status = 0;
+    if (!options->save)
+        machine_end(machine, 0);
+    else if (save(machine, options->save) < 0)
+        machine_end(machine, STATUS_FAILED);
+}
 
-    if (options->save && machine_pause(machine) == 0) {
-        status = snapshot_save(machine, options->save) == 0 ? 0 : STATUS_FAILED;
-        machine_end(machine, status);
-        machine_resume(machine);
-        return;
-    }
-    machine_end(machine, status);
+/* While the machine is held its input waits where it is: it goes to where the machine goes. */
+static size_t input_room(struct machine *machine)
+{
+    return machine_is_held(machine) ? 0 : board_input(machine, NULL, 0);
 }
 
 static void attend(struct machine *machine, const struct options *options, int signal_fd)
@@ -212,7 +263,7 @@ static void attend(struct machine *machine, const struct options *options, int s
     bool input = true;
 
     for (;;) {
-        size_t room = board_input(machine, NULL, 0);
+        size_t room = input_room(machine);
         struct pollfd from[] = {
             {.fd = machine->ended_fd, .events = POLLIN},
             {.fd = signal_fd, .events = POLLIN},

@@ -2,10 +2,12 @@
 /*
  * A vCPU's thread: into the guest, out of it, do what it asked for, and again.
  *
- * Under memd KVM_RUN may meet a page that is frozen or not there. KVM then waits for it in the
- * kernel, for some microseconds; a signal in that moment makes KVM_RUN come back with EINTR like
- * any kick. EFAULT would mean that guest RAM is not mapped: nothing may do that, so it ends the
- * machine instead of being tried again.
+ * Under memd KVM_RUN may meet a page that is frozen or not there, and then waits for it in the
+ * kernel: microseconds, or as long as the page's way here takes. A kick in that moment makes
+ * KVM_RUN come back with EINTR where KVM gets the page for the guest. Where KVM reads the guest's
+ * memory itself (an instruction that it interprets), or a device of ours does, nothing calls the
+ * thread away until the page is there. EFAULT would mean that guest RAM is not mapped: nothing may
+ * do that, so it ends the machine instead of being tried again.
  */
 #include <errno.h>
 #include <signal.h>
@@ -132,16 +134,6 @@ static void finish_access(struct vcpu *cpu)
 
 /* ---- the loop ---- */
 
-static bool is_paused(struct machine *machine)
-{
-    bool paused;
-
-    pthread_mutex_lock(&machine->lock);
-    paused = machine->pauses > 0 && !machine->ended;
-    pthread_mutex_unlock(&machine->lock);
-    return paused;
-}
-
 static void park(struct vcpu *cpu)
 {
     struct machine *machine = cpu->machine;
@@ -150,7 +142,7 @@ static void park(struct vcpu *cpu)
     pthread_mutex_lock(&machine->lock);
     cpu->parked = true;
     pthread_cond_broadcast(&machine->parked);
-    while (machine->pauses && !machine->ended)
+    while ((machine->pauses || machine->incoming) && !machine->ended)
         pthread_cond_wait(&cpu->changed, &machine->lock);
     cpu->parked = false;
     pthread_mutex_unlock(&machine->lock);
@@ -180,7 +172,7 @@ void *vcpu_run(void *context)
     sigaddset(&signals, VCPU_KICK);
     pthread_sigmask(SIG_UNBLOCK, &signals, NULL);
     while (!has_ended(machine)) {
-        if (is_paused(machine))
+        if (machine_is_held(machine))
             park(cpu);
         else if (cpu->halted)
             wait_halted(cpu);

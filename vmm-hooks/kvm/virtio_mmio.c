@@ -236,6 +236,8 @@ struct virtio_mmio_state virtio_mmio_save(const struct virtio_mmio *transport)
 
 int virtio_mmio_load(struct virtio_mmio *transport, const struct virtio_mmio_state *state)
 {
+    if (state->driver_features & ~offered(transport))
+        return -EINVAL;
     transport->state = *state;
     for (uint32_t i = 0; i < transport->ops->queue_count; i++) {
         struct virtio_queue *queue = &transport->queues[i];

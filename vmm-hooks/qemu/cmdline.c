@@ -284,6 +284,7 @@ static int take_overcommit(struct qemu_cmdline *line, const char *value)
 static int take_incoming(struct qemu_cmdline *line, const char *value)
 {
     (void)value;
+    line->incoming = true;
     say(line, "-incoming: the guest's memory has the same name here as there only if its source "
               "was started in the same way (both with --no-migrate, or both without)");
     return 0;
@@ -591,6 +592,10 @@ int qemu_cmdline_extend(const struct qemu_cmdline *cmdline, const struct qemu_ex
         add_monitor(&builder, cmdline, extras->qmp_path);
     if (extras->ram_directory)
         add_backend(&builder, cmdline, extras->ram_directory);
+    if (extras->incoming) {
+        add(&builder, "-incoming");
+        add(&builder, "defer");
+    }
     if (builder.failed) {
         qemu_cmdline_free_argv(builder.argv);
         return -ENOMEM;

@@ -29,6 +29,7 @@ struct qemu_cmdline {
     bool daemonizes;        /* the process that is started is not the one that runs the guest */
     bool graphical;         /* there is a display to put a monitor on */
     bool nographic;
+    bool incoming;        /* it asks for -incoming itself */
     bool default_monitor; /* QEMU makes one by itself, unless another monitor is asked for */
     bool default_serial;
     char *machine;        /* the machine type, NULL: QEMU's default */
@@ -50,6 +51,7 @@ struct qemu_cmdline {
 struct qemu_extras {
     const char *qmp_path;      /* a unix socket for QMP that QEMU shall make */
     const char *ram_directory; /* put guest RAM on a shared file in this directory */
+    bool incoming;             /* wait for a guest (migrate.h) instead of starting one */
 };
 
 /* True when a program of this name (path allowed) is QEMU's system emulator. */

@@ -14,7 +14,9 @@
 struct qmp {
     int fd;
     bool dead;
-    size_t filled; /* bytes in line */
+    json_int_t last_id; /* of the latest command: an answer to another one has come too late */
+    json_t *events;     /* an array */
+    size_t filled;      /* bytes in line */
     char error[256];
     char line[QMP_LINE_BYTES];
 };
@@ -43,7 +45,29 @@ static int wait_for(const struct qmp *qmp, short events, int64_t deadline_ms)
     return ready ? 0 : -ETIMEDOUT;
 }
 
-static int send_text(struct qmp *qmp, const char *text, int64_t deadline_ms)
+/* One send(), with a copy of `fd` on its first byte unless that is -1. Bytes sent or -errno. */
+static ssize_t send_some(const struct qmp *qmp, const char *text, size_t bytes, int fd)
+{
+    union {
+        char room[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr header;
+    } control = {.header = {.cmsg_len = CMSG_LEN(sizeof(int)),
+                            .cmsg_level = SOL_SOCKET,
+                            .cmsg_type = SCM_RIGHTS}};
+    struct iovec piece = {.iov_base = (char *)text, .iov_len = bytes};
+    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
+    ssize_t sent;
+
+    if (fd >= 0) {
+        memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
+        message.msg_control = &control;
+        message.msg_controllen = sizeof(control.room);
+    }
+    sent = sendmsg(qmp->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    return sent < 0 ? -errno : sent;
+}
+
+static int send_text(struct qmp *qmp, const char *text, int fd, int64_t deadline_ms)
 {
     size_t left = strlen(text);
 
@@ -53,10 +77,11 @@ static int send_text(struct qmp *qmp, const char *text, int64_t deadline_ms)
 
         if (error < 0)
             return error;
-        sent = send(qmp->fd, text, left, MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (sent < 0 && errno != EAGAIN && errno != EINTR)
-            return -errno;
+        sent = send_some(qmp, text, left, fd);
+        if (sent < 0 && sent != -EAGAIN && sent != -EINTR)
+            return (int)sent;
         if (sent > 0) {
+            fd = -1;
             text += sent;
             left -= (size_t)sent;
         }
@@ -116,7 +141,24 @@ static void keep_error(struct qmp *qmp, json_t *error)
     snprintf(qmp->error, sizeof(qmp->error), "%s", text ? text : "an error without a description");
 }
 
-/* Waits for the answer to the command that was sent; events before it are skipped. */
+static void keep_event(struct qmp *qmp, json_t *object)
+{
+    if (!json_object_get(object, "event"))
+        return;
+    json_array_append(qmp->events, object);
+    if (json_array_size(qmp->events) > QMP_EVENTS_MAX)
+        json_array_remove(qmp->events, 0);
+}
+
+/* Is it the answer to a command whose time was over? */
+static bool is_late(const struct qmp *qmp, const json_t *object)
+{
+    const json_t *id = json_object_get(object, "id");
+
+    return id && json_integer_value(id) != qmp->last_id;
+}
+
+/* Waits for the answer to the command that was sent. */
 static int receive_answer(struct qmp *qmp, int64_t deadline_ms, json_t **ret_result)
 {
     for (;;) {
@@ -125,27 +167,32 @@ static int receive_answer(struct qmp *qmp, int64_t deadline_ms, json_t **ret_res
 
         if (error < 0)
             return error;
-        result = json_object_get(object, "return");
-        error_object = json_object_get(object, "error");
+        result = is_late(qmp, object) ? NULL : json_object_get(object, "return");
+        error_object = is_late(qmp, object) ? NULL : json_object_get(object, "error");
         if (result)
             *ret_result = json_incref(result);
-        if (error_object)
+        else if (error_object)
             keep_error(qmp, error_object);
+        else
+            keep_event(qmp, object);
         json_decref(object);
         if (result || error_object)
             return result ? 0 : -EREMOTEIO;
     }
 }
 
-static int execute(struct qmp *qmp, const char *command, json_t *arguments, int64_t deadline_ms,
-                   json_t **ret_result)
+static int execute(struct qmp *qmp, const char *command, json_t *arguments, int fd,
+                   int64_t deadline_ms, json_t **ret_result)
 {
-    json_t *request = json_pack("{s:s, s:O*}", "execute", command, "arguments", arguments);
+    json_t *request = json_pack("{s:s, s:O*, s:I}", "execute", command, "arguments", arguments,
+                                "id", ++qmp->last_id);
     char *text = request ? json_dumps(request, JSON_COMPACT) : NULL;
-    int error = text ? send_text(qmp, text, deadline_ms) : -ENOMEM;
+    int error = text ? send_text(qmp, text, fd, deadline_ms) : -ENOMEM;
 
     if (error == 0)
-        error = send_text(qmp, "\n", deadline_ms);
+        error = send_text(qmp, "\n", -1, deadline_ms);
+    if (error == -ETIMEDOUT)
+        error = -EPIPE; /* a part of it may be on its way: nothing can follow that */
     if (error == 0)
         error = receive_answer(qmp, deadline_ms, ret_result);
     free(text);
@@ -153,18 +200,72 @@ static int execute(struct qmp *qmp, const char *command, json_t *arguments, int6
     return error;
 }
 
-int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int timeout_ms,
-                json_t **ret_result)
+int qmp_execute_with_fd(struct qmp *qmp, const char *command, json_t *arguments, int fd,
+                        int timeout_ms, json_t **ret_result)
 {
     int error;
 
     if (qmp->dead)
         return -ENOTCONN;
     qmp->error[0] = '\0';
-    error = execute(qmp, command, arguments, now_ms() + timeout_ms, ret_result);
-    qmp->dead = error < 0 && error != -EREMOTEIO;
+    error = execute(qmp, command, arguments, fd, now_ms() + timeout_ms, ret_result);
+    qmp->dead = error < 0 && error != -EREMOTEIO && error != -ETIMEDOUT;
     return error;
 }
+
+int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int timeout_ms,
+                json_t **ret_result)
+{
+    return qmp_execute_with_fd(qmp, command, arguments, -1, timeout_ms, ret_result);
+}
+
+/* ---- events ---- */
+
+/* Takes the first kept event of this name; those before it go. NULL: there is none, all go. */
+static json_t *take_event(struct qmp *qmp, const char *name)
+{
+    json_t *taken = NULL;
+
+    while (!taken && json_array_size(qmp->events) > 0) {
+        json_t *event = json_array_get(qmp->events, 0);
+        const char *its_name = json_string_value(json_object_get(event, "event"));
+
+        if (its_name && strcmp(its_name, name) == 0)
+            taken = json_incref(event);
+        json_array_remove(qmp->events, 0);
+    }
+    return taken;
+}
+
+int qmp_wait_event(struct qmp *qmp, const char *name, int timeout_ms, json_t **ret_data)
+{
+    int64_t deadline_ms = now_ms() + timeout_ms;
+    json_t *event, *object = NULL, *data;
+
+    if (qmp->dead)
+        return -ENOTCONN;
+    while (!(event = take_event(qmp, name))) {
+        int error = receive(qmp, deadline_ms, &object);
+
+        if (error < 0) {
+            qmp->dead = error != -ETIMEDOUT;
+            return error;
+        }
+        keep_event(qmp, object);
+        json_decref(object);
+    }
+    data = json_object_get(event, "data");
+    *ret_data = data ? json_incref(data) : json_null();
+    json_decref(event);
+    return 0;
+}
+
+void qmp_forget_events(struct qmp *qmp)
+{
+    json_array_clear(qmp->events);
+}
+
+/* ---- connecting ---- */
 
 /* Reads the greeting and ends the negotiation. */
 static int greet(struct qmp *qmp, int64_t deadline_ms)
@@ -177,7 +278,7 @@ static int greet(struct qmp *qmp, int64_t deadline_ms)
     error = json_object_get(greeting, "QMP") ? 0 : -EPROTO;
     json_decref(greeting);
     if (error == 0)
-        error = execute(qmp, "qmp_capabilities", NULL, deadline_ms, &result);
+        error = execute(qmp, "qmp_capabilities", NULL, -1, deadline_ms, &result);
     if (error == 0)
         json_decref(result);
     return error;
@@ -203,27 +304,34 @@ static int connect_to(const char *path)
     return fd;
 }
 
-int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp)
+int qmp_open_fd(int fd, int timeout_ms, struct qmp **ret_qmp)
 {
     struct qmp *qmp = calloc(1, sizeof(*qmp));
-    int error;
+    int error = -ENOMEM;
 
     if (!qmp)
-        return -ENOMEM;
-    error = qmp->fd = connect_to(path);
+        goto close_fd;
+    qmp->fd = fd;
+    qmp->events = json_array();
+    error = qmp->events ? greet(qmp, now_ms() + timeout_ms) : -ENOMEM;
     if (error < 0)
         goto free_qmp;
-    error = greet(qmp, now_ms() + timeout_ms);
-    if (error < 0)
-        goto close_fd;
     *ret_qmp = qmp;
     return 0;
 
-close_fd:
-    close(qmp->fd);
 free_qmp:
+    json_decref(qmp->events);
     free(qmp);
+close_fd:
+    close(fd);
     return error;
+}
+
+int qmp_open(const char *path, int timeout_ms, struct qmp **ret_qmp)
+{
+    int fd = connect_to(path);
+
+    return fd < 0 ? fd : qmp_open_fd(fd, timeout_ms, ret_qmp);
 }
 
 const char *qmp_error(const struct qmp *qmp)
@@ -236,5 +344,6 @@ void qmp_close(struct qmp *qmp)
     if (!qmp)
         return;
     close(qmp->fd);
+    json_decref(qmp->events);
     free(qmp);
 }

@@ -152,6 +152,7 @@ static void other_content(struct sim_vmm *vmm)
     vmm->todo_count--;
 }
 
+/* Put right by the next entry that it writes; memd may not have looked by then. */
 static void head_too_far(struct sim_vmm *vmm)
 {
     if (!vmm->ring)
@@ -444,7 +445,7 @@ static const struct {
     {"HAVE while served", have_while_served, true},
     {"blind answer", answer_blindly, false},
     {"other content", other_content, false},
-    {"head of the ring too far", head_too_far, true},
+    {"head of the ring too far", head_too_far, false},
     {"tail of the ring too far", tail_too_far, false},
     {"garbage in the ring", garbage_in_ring, false},
     {"flood of offers", flood_offers, false},

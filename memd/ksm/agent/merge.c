@@ -76,7 +76,7 @@ static uint32_t map_equal(struct batch *batch, const bool *equal, uint32_t i, ui
         while (at + run < frozen && equal[at + run] && follows(batch->slots, at + run))
             run++;
         fault_in(view_of(batch, at), run);
-        r = remap_map(batch->block, batch->index + at, run, view_of(batch, at));
+        r = remap_map(batch->ram, batch->block, batch->index + at, run, view_of(batch, at));
         if (r == 0) {
             batch->stats->vmas_added += 2;
             at += run;
@@ -133,9 +133,11 @@ static uint32_t merge_batch(struct batch *batch, uint32_t pages)
         frozen = freeze_take(batch->ram, batch->block, batch->index, run);
     } while (frozen == -EINVAL && (run /= 2) > 0); /* not within one VMA */
     if (frozen <= 0) {
+        /* Where a freeze must wait all of them do: to try one by one would split a huge page. */
+        uint32_t refused = frozen == -EBUSY && freeze_must_wait(batch->ram) ? run : 1;
         batch->stats->busy++;
-        set_outcomes(batch, 0, 1, frozen == -ENOENT ? NOT_MERGED_GONE : NOT_MERGED_BUSY);
-        return 1;
+        set_outcomes(batch, 0, refused, frozen == -ENOENT ? NOT_MERGED_GONE : NOT_MERGED_BUSY);
+        return refused;
     }
     settle_frozen(batch, (uint32_t)frozen);
     return (uint32_t)frozen;

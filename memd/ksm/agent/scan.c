@@ -67,8 +67,8 @@ static void note_written(struct chunk_view *view, uint32_t index, uint64_t categ
     struct ram_block *block = view->block;
     enum place place = ram_place(block, index);
 
-    if (ram_captive(block, index) || place == PLACE_SHARED)
-        return;
+    if (ram_captive(block, index) || place == PLACE_SHARED || place == PLACE_REMOTE)
+        return; /* a page that is still to come is missing, but not empty */
     if (!(categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED))) {
         if (place != PLACE_ABSENT)
             ram_move_places(view->ram, block, index, 1, TRANSITION_DISCARD);
@@ -354,11 +354,17 @@ static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uin
             done = (uint32_t)frozen;
         } else {
             scanner->busy++;
-            done = 1;
+            if (frozen != -EBUSY || !freeze_must_wait(scanner->ram))
+                done = 1;
         }
     }
     lock_release(&block->lock);
     return done;
+}
+
+static bool is_readable(const struct ram_block *block)
+{
+    return block->live && !block->resting;
 }
 
 /* One candidate, or a run of zero pages that starts with it; false when the sink is full. */
@@ -369,11 +375,12 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
     uint32_t run = 0;
     uint64_t hash = 0;
 
+    /* A resting block may have been unmapped in part. */
     lock_take(&block->reading);
-    while (block->live && run < most && i + run < chunk_pages && is_pending(scanner, i + run) &&
-           hash_page_is_zero(ram_address(block, first + i + run)))
+    while (is_readable(block) && run < most && i + run < chunk_pages &&
+           is_pending(scanner, i + run) && hash_page_is_zero(ram_address(block, first + i + run)))
         run++;
-    if (block->live && run == 0)
+    if (is_readable(block) && run == 0)
         hash = hash_page(&scanner->secret, ram_address(block, first + i));
     lock_release(&block->reading);
     if (run > 0) {
@@ -381,7 +388,7 @@ static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t f
         return true;
     }
     scanner->hashed++;
-    if (block->live &&
+    if (is_readable(block) &&
         !scanner->sink.offer(scanner->sink.self, block->first_page + first + i, hash))
         return false;
     clear_pending(scanner, i, 1);

@@ -151,7 +151,8 @@ void survey_take(struct survey *survey, const struct guest_ram *ram, struct ram_
             mark_busy(survey, c, c + 1);
         if (survey_is_quiet(survey, block, c)) {
             block->chunks[c].hot_passes = 0;
-            survey_count_look(&block->chunks[c], 0);
+            if (block->chunks[c].state == CHUNK_ARMED)
+                survey_count_look(&block->chunks[c], 0);
         }
     }
 }

@@ -139,8 +139,3 @@ bool ksm_neutral_has(const struct ksm_neutral *neutral, uint64_t hash)
     return neutral->complete &&
            bsearch(&hash, neutral->hashes, neutral->count, sizeof(*neutral->hashes), by_value);
 }
-
-bool ksm_neutral_is_complete(const struct ksm_neutral *neutral)
-{
-    return neutral->complete;
-}

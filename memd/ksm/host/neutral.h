@@ -22,6 +22,5 @@ int ksm_neutral_start(struct loop *loop, const struct hash_secret *secret, char 
 void ksm_neutral_stop(struct ksm_neutral *neutral);
 
 bool ksm_neutral_has(const struct ksm_neutral *neutral, uint64_t hash);
-bool ksm_neutral_is_complete(const struct ksm_neutral *neutral);
 
 #endif

@@ -174,7 +174,8 @@ class Guest:
         wait_for(f"guest {self.name} to do {more} more rounds",
                  lambda: self.rounds() >= goal or not self.is_alive(), seconds)
         if not self.is_alive():
-            raise Failure(f"guest {self.name} ended")
+            raise Failure(f"guest {self.name}: its VMM ended with {self.process.returncode}: "
+                          f"{self.stderr()[-600:]!r}, and the guest: {self.console.lines()[-3:]}")
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -215,6 +216,28 @@ class MemvmGuest(Guest):
             raise Failure(f"guest {self.name}: saving it failed: {self.stderr()[-400:]!r}")
 
 
+class ArrivedProcess:
+    """A VMM that memd has started: no child of ours, so that it is known by its pid."""
+
+    def __init__(self, pid, stdin):
+        self.pid = pid
+        self.stdin = stdin
+        self.returncode = None
+
+    def poll(self):
+        return None if machine.is_alive(self.pid) else -1
+
+    def wait(self, seconds=60):
+        wait_for(f"process {self.pid} to end", lambda: not machine.is_alive(self.pid), seconds)
+        return 0  # whoever its parent is knows better
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 def memory_options(regions):
     return " ".join(f"memd.{name}={value}" for name, value in regions.items())
 
@@ -235,11 +258,16 @@ def qemu_command(kernel, initramfs, accel, name, directory, memory, append, devi
             "-serial", "chardev:console", *devices]
 
 
-def memvm_command(name, directory, memory, cpus, regions, save=None, load=None):
-    """memvm with its serial port in a log; a new machine with the bare guest, or a saved one."""
+def memvm_command(name, directory, memory, cpus, regions, save=None, load=None, incoming=False, restore=None,
+                  options=()):
+    """memvm with its serial port in a log; a new machine with the bare guest, a saved one, or one that
+    waits for a guest to come."""
     log = os.path.join(directory, f"{name}.log")
-    command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else [])]
-    if load:
-        return [*command, "--load", load]
-    return [*command, "--memory", memory, "--cpus", str(cpus), machine.program("bare-guest"),
+    command = [machine.program("memvm"), "--serial", log, *(["--save", save] if save else []), *options]
+    if load or restore:
+        return [*command, *(["--load", load] if load else ["--restore", restore])]
+    command += ["--memory", memory, "--cpus", str(cpus)]
+    if incoming:
+        return [*command, "--incoming"]
+    return [*command, machine.program("bare-guest"),
             *(f"{key}={value}" for key, value in regions.items())]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laboratory: one directory, one memd, some guests, and the certainty that they end."""
+import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -9,7 +11,7 @@ import tempfile
 
 from . import api, machine
 from .errors import Failure, Skip, wait_for
-from .guest import Guest, MemvmGuest, memory_options, memvm_command, qemu_command
+from .guest import ArrivedProcess, Guest, MemvmGuest, memory_options, memvm_command, qemu_command
 
 __all__ = ["Lab", "Failure", "Skip", "wait_for"]
 
@@ -17,9 +19,10 @@ __all__ = ["Lab", "Failure", "Skip", "wait_for"]
 class Lab:
     """Everything lives in `directory` (short: unix socket paths are). Use it as a context: on the
     way out all processes are killed and the directory is removed, unless something failed: then
-    the logs stay. With `outlive` the processes don't die with us, and `keep` leaves them alone."""
+    the logs stay. With `outlive` the processes don't die with us, and `keep` leaves them alone.
+    network: the network namespace that memd and what it starts live in."""
 
-    def __init__(self, outlive=False):
+    def __init__(self, outlive=False, network=None):
         self.directory = tempfile.mkdtemp(prefix="memd-")
         os.chmod(self.directory, 0o755)  # a VMM under another uid reaches its sockets
         self.socket = os.path.join(self.directory, "memd.sock")
@@ -29,6 +32,7 @@ class Lab:
         self.failed = False
         self.keep = False
         self._outlive = outlive
+        self._network = network
         self._processes = []
         machine.needs_build()
 
@@ -53,10 +57,12 @@ class Lab:
         if self.keep:
             return
         self._stop_memd()
+        self._end_movers()
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._end_arrived()
         for guest in self.guests.values():
             guest.console.close()
         if not self.failed:
@@ -70,6 +76,27 @@ class Lab:
                 self.memd.wait(10)
             except subprocess.TimeoutExpired:
                 pass  # killed with the others
+
+    def _end_movers(self):
+        """They outlive their memd, and would wait for the next one."""
+        try:
+            with open(os.path.join(self.directory, "state", "migrations.json")) as file:
+                pids = [each["pid"] for each in json.load(file)]
+        except (FileNotFoundError, ValueError):
+            return
+        for pid in pids:
+            if pid and machine.thread_name(pid, pid) == "memd-mover":
+                os.kill(pid, signal.SIGKILL)
+
+    def _end_arrived(self):
+        """VMMs that a memd of this lab started and that nobody took for a guest: they have this directory in
+        their command lines."""
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError, ValueError):
+                with open(f"/proc/{int(entry)}/cmdline", "rb") as file:
+                    ours = f"{self.directory}/".encode() in file.read()
+                if ours and int(entry) != os.getpid():
+                    os.kill(int(entry), signal.SIGKILL)
 
     # ---- processes ----
 
@@ -143,7 +170,8 @@ class Lab:
         if sections is not None or domains is not None or not os.path.exists(self.config):
             self.write_config(sections or {}, domains or {})
         os.makedirs(os.path.join(self.directory, "state"), exist_ok=True)
-        self.memd = self.spawn([machine.program("memd"), "--config", self.config, "--foreground"],
+        inside = ["nsenter", f"--net=/run/netns/{self._network}"] if self._network else []
+        self.memd = self.spawn([*inside, machine.program("memd"), "--config", self.config, "--foreground"],
                                "memd.log", over=over, death="TERM")
         wait_for("memd to answer", self._memd_answers, 30, 0.05)
         return self.memd
@@ -218,18 +246,47 @@ class Lab:
         return guest
 
     def start_memvm(self, name, memory="16M", cpus=1, domain=None, plain=False, run_options=(), save=None,
-                    load=None, seed=None, **regions):
+                    load=None, incoming=False, restore=None, memvm_options=(), seed=None, **regions):
         """Boots the bare guest in memvm under `memctl run` (or, when plain, without memd at all); load: goes
-        on with a machine that was saved. regions: sizes of what its memory holds (common="4M"), and its
+        on with a machine that was saved (restore: at once); incoming: waits for one. regions: sizes of what its memory holds (common="4M"), and its
         options (duty=20). Returns at once."""
         regions["seed"] = seed if seed is not None else len(self.guests) + 1
-        command = memvm_command(name, self.directory, memory, cpus, regions, save, load)
+        command = memvm_command(name, self.directory, memory, cpus, regions, save, load, incoming, restore,
+                                list(memvm_options))
         if not plain:
             options = ["--name", name, "--max", memory, *(["--domain", domain] if domain else []), *run_options]
             command = [machine.program("memctl"), "--socket", self.socket, "run", *options, "--", *command]
         process = self.spawn(command, f"{name}.stderr", stdin=subprocess.PIPE)
         guest = MemvmGuest(name, process, self.directory, os.path.join(self.directory, f"{name}.stderr"))
         self.guests[name] = guest
+        return guest
+
+    # ---- guests that arrive from another lab ----
+
+    def awaits_memvm(self, name, memory="16M", cpus=1, uid=0):
+        """The section of memd.conf by which a guest of that name may come here into memvm."""
+        os.mkfifo(os.path.join(self.directory, f"{name}.input"))
+        command = (f"exec {machine.program('memvm')} --incoming --memory {memory} --cpus {cpus} "
+                   f"--serial {self.directory}/{name}.log <> {self.directory}/{name}.input "
+                   f"2>> {self.directory}/{name}.stderr")
+        return {f"guest {name}": {"max": memory, "incoming_user": uid,
+                                  "incoming": f"/bin/sh {self._script(name, command)}"}}
+
+    def _script(self, name, command):
+        path = os.path.join(self.directory, f"{name}.sh")
+        with open(path, "w") as file:
+            file.write(command + "\n")
+        os.chmod(path, 0o755)
+        return path
+
+    def arrived_memvm(self, name):
+        """The guest that is here now. Its console begins with its arrival."""
+        pid = self.guest_status(name)["pid"]
+        pipe = open(os.path.join(self.directory, f"{name}.input"), "r+b", buffering=0)  # pylint: disable=consider-using-with
+        guest = MemvmGuest(name, ArrivedProcess(pid, pipe), self.directory,
+                           os.path.join(self.directory, f"{name}.stderr"))
+        self.guests[name] = guest
+        self._processes.append(guest.process)
         return guest
 
     def _directory_of(self, uid):

@@ -100,7 +100,7 @@ def agent_obstacle():
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     checks = json.loads(done.stdout)["checks"]
     return "; ".join(f"{check['check']}: {check['found']}" for check in checks
-                     if check["check"] in AGENT_NEEDS and check["status"] == "problem")
+                     if check["check"] in AGENT_NEEDS and check["status"] not in ("ok", "note"))
 
 
 def rollup(pid):

@@ -7,9 +7,11 @@ from .errors import Failure, wait_for
 
 
 class Qmp:
-    """A connection to a QMP socket that the test gave QEMU with qmp_devices()."""
+    """A connection to a QMP socket that the test gave QEMU with qmp_devices(). `events` has those that
+    came while it was asked something, the oldest first."""
 
     def __init__(self, path):
+        self.events = []
         self._socket = socket.socket(socket.AF_UNIX)
         wait_for(f"QMP socket {path}", lambda: self._try(path), 30)
         self._socket.settimeout(60)
@@ -25,7 +27,7 @@ class Qmp:
             return False
 
     def run(self, command, **arguments):
-        """The `return` of a command; events that come meanwhile are dropped."""
+        """The `return` of a command."""
         words = {"execute": command, **({"arguments": arguments} if arguments else {})}
         self._socket.sendall(json.dumps(words).encode() + b"\n")
         while True:
@@ -37,6 +39,7 @@ class Qmp:
                 raise Failure(f"QMP {command}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
+            self.events.append(answer)
 
 
 def qmp_devices(path):

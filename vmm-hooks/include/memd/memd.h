@@ -35,9 +35,9 @@ struct memd_stream;
 
 /*
  * What the VMM offers. Each hook may be NULL; where two belong together it is both or none. They
- * are called on one thread, one at a time, never with one of the agent's locks held, `opaque` being
- * that of struct memd_options. A hook may call libmemd, but not memd_detach. It may not unwind
- * (longjmp, C++ exceptions) through the agent.
+ * are called one at a time, on threads of the agent's, never with one of the agent's locks held,
+ * `opaque` being that of struct memd_options. A hook may call libmemd, but not memd_detach. It may
+ * not unwind (longjmp, C++ exceptions) through the agent.
  *
  * A hook that answers with something impossible, or takes longer than its limit (1 s, for pause,
  * resume, save and load 60 s), has broken the contract: from then on no hook is called but what
@@ -155,8 +155,9 @@ MEMD_API int memd_attach(const struct memd_options *options, struct memd_vm **re
 MEMD_API int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags);
 
 /* Ends the management of RAM: every page in it is private again. Whole blocks, as they were
- * registered; -ENOENT when there is no such block, -ENOMEM when pages can't be made private (the
- * block then stays registered). */
+ * registered; -ENOENT when there is no such block, -ENOMEM when pages can't be made private,
+ * -EBUSY when some of them are still at the source of a migration (the block then stays
+ * registered). */
 MEMD_API int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes);
 
 /* The guest gave these pages up (balloon, free page reporting): they become empty and read as
@@ -164,6 +165,24 @@ MEMD_API int memd_ram_remove(struct memd_vm *vm, void *addr, size_t bytes);
  * is emptied there too, as by madvise; where nothing is mapped: -ENOMEM, the rest being done.
  * Works in a child, too. -EINVAL: addr is no page's, or the range wraps. */
 MEMD_API int memd_ram_discard(struct memd_vm *vm, void *addr, size_t bytes);
+
+/*
+ * Lets a saved guest run before its memory was read: registered RAM (one whole block), which is
+ * emptied, gets its content from `bytes` of the file from `offset` on, a page when it is touched
+ * first, and the rest in the background. Holes of the file are empty pages. The file must not
+ * change until memd_ram_restore_wait has returned; the descriptor may be closed. Its position
+ * changes.
+ *
+ * -ENOENT: no such block; -EINVAL: the offset is no multiple of 4096; -ENODATA: the file is
+ * shorter; -EBUSY: this was called before; -EAGAIN: the agent has stood down; -errno. Then the RAM
+ * is empty.
+ */
+MEMD_API int memd_ram_restore(struct memd_vm *vm, void *addr, size_t bytes, int fd,
+                              uint64_t offset);
+
+/* Waits until all of it is there: 0. -errno: some of the file can't be read, and whoever touches a
+ * page that is missing waits for ever: the VMM must end. -ENOENT: nothing was begun. */
+MEMD_API int memd_ram_restore_wait(struct memd_vm *vm);
 
 struct memd_status {
     size_t size;          /* sizeof(struct memd_status), set by the caller; on return what of it

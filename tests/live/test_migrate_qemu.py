@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests of a stock QEMU that move between two memds: QEMU carries the state of its devices, memd all of
+the memory."""
+import os
+import shlex
+
+from lab import Failure, Lab, machine, wait_for
+from lab.guest import ArrivedProcess, Guest, qemu_command
+from lab.qmp import Qmp, qmp_devices
+from lab.suite import AGENT, live_test
+from test_migrate import Hosts, check_report
+
+MEMORY = "160M"
+REGIONS = {"twin": "24M", "unique": "16M", "hot": "8M", "zero": "8M", "duty": 40, "every": 1}
+
+
+class QemuHosts(Hosts):
+    """As for memvm, with a QEMU at either end."""
+
+    def start(self, name="moves", **options):
+        of_source, of_destination = self.keys()
+        self.source.start_memd({"migration": of_source})
+        self.destination.start_memd({"migration": {"listen": self.address, **of_destination},
+                                     **self._awaits(name)})
+        self.name = name
+        self.test_monitor = os.path.join(self.source.directory, f"{name}.test")
+        self.guest = self.source.start_guest(name, memory=MEMORY, seed=1, devices=qmp_devices(self.test_monitor),
+                                             **{**REGIONS, **options})
+        self.guest.wait_ready()
+        self.source.wait_connected(name)
+
+    def _awaits(self, name):
+        """The section by which a guest of that name may come, and the command that waits for it."""
+        lab = self.destination
+        files = machine.guest_files()
+        qemu = qemu_command(files + "/vmlinuz", files + "/initramfs", lab.accelerator, name, lab.directory, MEMORY,
+                            "", qmp_devices(os.path.join(lab.directory, f"{name}.test")))
+        command = [machine.program("memctl"), "--socket", lab.socket, "run", "--name", name, "--incoming", "--", *qemu]
+        script = os.path.join(lab.directory, f"{name}.sh")
+        with open(script, "w") as file:
+            file.write(f"exec {shlex.join(command)} 2>> {lab.directory}/{name}.stderr\n")
+        return {f"guest {name}": {"max": MEMORY, "incoming_user": 0, "incoming": f"/bin/sh {script}"}}
+
+    def arrived(self):
+        wait_for("the VMM at the source to end", lambda: not self.guest.is_alive(), 60)
+        lab, pid = self.destination, self.destination.guest_status(self.name)["pid"]
+        guest = Guest(self.name, ArrivedProcess(pid, None), lab.directory, os.path.join(lab.directory, f"{self.name}.stderr"))
+        lab.guests[self.name] = guest
+        return guest
+
+
+def two_qemus(test):
+    """The test with two hosts; when it fails their logs stay."""
+    with Lab() as source, Lab() as destination:
+        hosts = QemuHosts(source, destination)
+        try:
+            test(hosts)
+        except BaseException:
+            source.failed = destination.failed = True
+            raise
+
+
+@live_test([AGENT])
+def stock_qemu_guest_moves_between_memds():
+    def moves(hosts):
+        hosts.start()
+        report, guest = hosts.completes()
+        check_report(report)
+        guest.wait_rounds(2)
+        guest.report()
+        if any("ready" in line for line in guest.console.lines()):
+            raise Failure("the guest at the destination has begun anew")
+        hosts.destination.wait_shared(18 * 256 * 9 // 10)
+        guest.report()
+    two_qemus(moves)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_runs_before_its_memory_has_come():
+    """All of it is fetched while QEMU loads its devices and the guest runs."""
+    def moves(hosts):
+        hosts.start()
+        report, guest = hosts.completes("--postcopy-only")
+        if report["pages_demand"] == 0 or report["postcopy_s"] <= 0:
+            raise Failure(f"nothing was fetched: {report}")
+        guest.wait_rounds(2)
+        guest.report()
+    two_qemus(moves)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_that_can_not_go_is_left_alone():
+    """Refused by name, before anything is changed; after it has changed for the better, it goes."""
+    def stays(hosts):
+        hosts.start()
+        monitor = Qmp(hosts.test_monitor)
+        monitor.run("stop")
+        hosts.begin()
+        reason = hosts.fails()["reason"]
+        if "the guest does not run: QEMU says 'paused'" not in reason:
+            raise Failure(f"a guest that its operator has stopped: {reason}")
+        if monitor.run("query-status")["status"] != "paused":
+            raise Failure("memd lets a guest run that its operator has stopped")
+        monitor.run("cont")
+        hosts.nothing_arrived()
+        hosts.begin()
+        _, guest = hosts.completes()
+        guest.report()
+    two_qemus(stays)
