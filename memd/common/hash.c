@@ -4,8 +4,14 @@
 
 #include <xxhash.h>
 
+#include "hash_avx2.h"
+
 uint64_t hash_page(const struct hash_secret *secret, const void *page)
 {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2"))
+        return hash_avx2_page(secret, page);
+#endif
     return XXH3_64bits_withSecret(page, PAGE_BYTES, secret->bytes, sizeof(secret->bytes));
 }
 

@@ -141,13 +141,6 @@ static bool is_armed(const struct ram_block *block, uint32_t index)
            place != PLACE_SHARED && (place == PLACE_ABSENT || !ram_captive(block, index));
 }
 
-/* A frozen page that the VMM had given up with MADV_FREE may be dropped by the kernel at any
- * moment. Its bytes are zeros then; who looks at it holds a block's lock. */
-static bool is_staging(const struct guest_ram *ram, const uint8_t *page)
-{
-    return page >= ram->staging && page < ram->staging + FREEZE_MAX_PAGES * PAGE_BYTES;
-}
-
 void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
 {
     void *page = (void *)(address / PAGE_BYTES * PAGE_BYTES);
@@ -155,7 +148,9 @@ void fault_serve_missing(struct fault_handler *handler, uintptr_t address)
     uint32_t index;
 
     if (!block) {
-        if (!is_staging(handler->ram, page) ||
+        /* A frozen page that the VMM had given up with MADV_FREE may be dropped by the kernel at
+         * any moment. Its bytes are zeros then; who looks at it holds a block's lock. */
+        if (!freeze_is_staging(handler->ram, page) ||
             uffd_copy(handler->ram->guest_fd, page, zeros, PAGE_BYTES, true) < 0)
             uffd_wake(handler->ram->guest_fd, page, PAGE_BYTES);
         return;

@@ -56,31 +56,6 @@ static int open_descriptors(struct guest_ram *ram, int dev, const char **ret_rea
     return 0;
 }
 
-/* Staging takes the guest's frozen pages: it must never be seen by a child, a core dump, khugepaged
- * or ksmd, and reading a hole in it must not hand out a page. */
-static int open_staging(struct guest_ram *ram, const char **ret_reason)
-{
-    size_t bytes = FREEZE_MAX_PAGES * PAGE_BYTES;
-    int r;
-
-    ram->staging = sys_mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (sys_failed(ram->staging)) {
-        *ret_reason = "no memory for the staging area";
-        r = (int)(intptr_t)ram->staging;
-        ram->staging = NULL;
-        return r;
-    }
-    sys_madvise(ram->staging, bytes, MADV_DONTFORK);
-    sys_madvise(ram->staging, bytes, MADV_DONTDUMP);
-    sys_madvise(ram->staging, bytes, MADV_NOHUGEPAGE);
-    sys_madvise(ram->staging, bytes, MADV_UNMERGEABLE);
-    r = uffd_register(ram->guest_fd, ram->staging, bytes, UFFDIO_REGISTER_MODE_MISSING);
-    if (r < 0)
-        *ret_reason = "the staging area can't be registered with userfaultfd";
-    return r;
-}
-
 /* mremap unmaps what is at its target before it asks whether there is memory to be had. Where each
  * page is promised (vm.overcommit_memory 2) another process may have been promised it in between:
  * the guest would be left with a gap. Elsewhere our mappings (MAP_NORESERVE) are not counted. */
@@ -105,7 +80,7 @@ int ram_open(struct guest_ram *ram, int dev_userfaultfd, const char **ret_reason
     if (r == 0)
         r = open_descriptors(ram, dev_userfaultfd, ret_reason);
     if (r == 0)
-        r = open_staging(ram, ret_reason);
+        r = freeze_open(ram, ret_reason);
     if (r == 0) {
         r = freeze_probe(ram);
         if (r < 0)
@@ -125,9 +100,7 @@ void ram_close(struct guest_ram *ram)
             sys_close(*fds[i]);
         *fds[i] = -1;
     }
-    if (ram->staging)
-        sys_munmap(ram->staging, FREEZE_MAX_PAGES * PAGE_BYTES);
-    ram->staging = NULL;
+    freeze_close(ram);
 }
 
 int ram_inspect(const void *base, size_t bytes, uint32_t *ret_attributes, const char **ret_reason)

@@ -118,8 +118,12 @@ struct guest_ram {
     int store_fd;
     int shadow_fd;
     int pagemap_fd;
-    uint8_t *staging; /* FREEZE_MAX_PAGES pages, registered with guest_fd */
-    uint32_t staged;  /* of these, from the first on: used by freezes that are over */
+    uint8_t *staging;      /* FREEZE_MAX_PAGES pages, registered with guest_fd */
+    uint32_t staged;       /* of these, from the first on: used by freezes that are over */
+    uint8_t *huge_staging; /* room for one huge page, likewise; NULL: huge pages are split */
+    bool huge_staged;      /* used by a freeze that is over */
+    uint8_t *frozen;       /* in one of the two: the first page of the freeze under way */
+    uint64_t huge_freezes; /* huge pages that were frozen whole, ever */
     /* Set by who opens a file for direct I/O: nothing is frozen until its file system was looked
      * at. */
     uint32_t direct_io_changed;

@@ -109,7 +109,7 @@ static uint32_t find_captives(struct guest_ram *ram, struct ram_block *block, ui
 }
 
 static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32_t index,
-                          uint32_t pages, uint32_t first_slot)
+                          uint32_t pages, const uint32_t *slots)
 {
     for (uint32_t i = 0; i < pages; i++) {
         if (ram_captive(block, index + i)) {
@@ -120,35 +120,48 @@ static void record_shares(struct guest_ram *ram, struct ram_block *block, uint32
             }
             continue;
         }
-        block->slots[index + i] = first_slot + i;
+        block->slots[index + i] = slots[i];
         ram_move_places(ram, block, index + i, 1, TRANSITION_SHARE);
     }
 }
 
-int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
-                   uint8_t *view, uint32_t first_slot, uint32_t *ret_captives)
+int remap_map(struct guest_ram *ram, const struct ram_block *block, uint32_t index, uint32_t pages,
+              uint8_t *view)
+{
+    int r = move_over(view, (size_t)pages * PAGE_BYTES, ram_address(block, index));
+
+    if (r == 0)
+        ram_spend(ram, 2);
+    return r;
+}
+
+uint32_t remap_protect(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                       uint32_t pages, const uint32_t *slots)
 {
     uint8_t *at = ram_address(block, index);
     size_t bytes = (size_t)pages * PAGE_BYTES;
-    int r = move_over(view, bytes, at);
+    uint32_t captives;
+    int r = uffd_register(ram->store_fd, at, bytes, UFFDIO_REGISTER_MODE_WP);
 
-    if (r < 0)
-        return r;
-    ram_spend(ram, 2);
-    r = uffd_register(ram->store_fd, at, bytes, UFFDIO_REGISTER_MODE_WP);
     if (r == 0)
         r = uffd_protect(ram->store_fd, at, bytes, true);
     if (attributes_differ(block))
         restore_attributes(block, at, bytes);
-    if (r < 0) {
-        /* Mapped but not protected: a write would be copied unseen. The guest is right either
-         * way; none of these pages counts as shared. */
-        *ret_captives = suspect_all(block, index, pages);
-    } else {
-        *ret_captives = find_captives(ram, block, index, pages);
-    }
-    record_shares(ram, block, index, pages, first_slot);
-    return 0;
+    /* Mapped but not protected: a write would be copied unseen. The guest is right either way; none
+     * of these pages counts as shared. */
+    captives = r < 0 ? suspect_all(block, index, pages) : find_captives(ram, block, index, pages);
+    record_shares(ram, block, index, pages, slots);
+    return captives;
+}
+
+int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint8_t *view,
+                   uint32_t slot, bool *ret_captive)
+{
+    int r = remap_map(ram, block, index, 1, view);
+
+    if (r == 0)
+        *ret_captive = remap_protect(ram, block, index, 1, &slot) > 0;
+    return r;
 }
 
 /* Puts `pages` pages of bytes into the shadow. What an earlier attempt left there goes first. */

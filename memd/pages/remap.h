@@ -19,14 +19,22 @@
  * Maps store pages over frozen pages [index, index + pages), whose places are private and whose
  * bytes have been compared with `view`: a private, writable mapping of the segment with
  * REMAP_VIEW_ATTRIBUTES, out of which the page tables are moved (what the comparison has faulted
- * in arrives mapped). `first_slot` is the slot of the first page.
- *
- * Returns 0: the pages are shared, but for those that somebody wrote to before they could be
- * protected; these are private and captive, and counted in *ret_captives. Or -errno: nothing has
- * changed, the hole is still there.
+ * in arrives mapped). They are not shared before remap_protect, which must follow soon: what is
+ * written until then the kernel copies by itself. 0, or -errno: nothing has changed, the hole is
+ * still there.
  */
-int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
-                   uint8_t *view, uint32_t first_slot, uint32_t *ret_captives);
+int remap_map(struct guest_ram *ram, const struct ram_block *block, uint32_t index, uint32_t pages,
+              uint8_t *view);
+
+/* Protects pages that remap_map has mapped, in one run or more, slots[i] at page index + i. They
+ * are shared from then on, but for those that somebody has written to: these are private and
+ * captive. Returns how many. */
+uint32_t remap_protect(struct guest_ram *ram, struct ram_block *block, uint32_t index,
+                       uint32_t pages, const uint32_t *slots);
+
+/* Both, for one page. 0 (and captive or not) or -errno. */
+int remap_to_store(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint8_t *view,
+                   uint32_t slot, bool *ret_captive);
 
 /*
  * Gives shared pages from `index` on a copy of their own, as many as lie one behind the other in

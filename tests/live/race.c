@@ -10,13 +10,16 @@
  *   outside   another process, by process_vm_writev
  *   discard   pages given up (read as zeros) and filled again
  *   fork      forks; the children check a part that nobody changes, write to it, and look again
+ *   huge      stores, and O_DIRECT reads, into huge pages, which are made anew all the time
  * A page alternates between the content that its slot of the store has and one that it has not.
  * Whoever finds a byte that is not the one it put there says so and ends the run.
  *
- * usage: race [--merges N] [--file PATH] [--no-freeze]
+ * usage: race [--merges N] [--file PATH] [--huge] [--no-freeze]
+ * With --huge there are only these last ones, and they are merged whole only.
  * With --no-freeze pages are compared in place and mapped without having been frozen: the test then
  * has to find lost bytes.
  */
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -46,17 +49,22 @@ enum {
     PART_OUTSIDE,
     PART_DISCARD,
     PART_FORK,
+    PART_HUGE,
     PART_COUNT
 };
 #define PART_PAGES 1024U
-#define PAGES      (PART_COUNT * PART_PAGES)
+#define PAGES      8192U
+
+static_assert(PAGES == PART_COUNT * PART_PAGES, "each part has its pages");
 
 static const char *const part_names[PART_COUNT] = {"thread",  "thread",  "direct", "fixed",
-                                                   "outside", "discard", "fork"};
+                                                   "outside", "discard", "fork",   "huge"};
 
 static uint64_t wanted_merges = 200000;
 static bool no_freeze;
+static bool only_huge;
 static const char *direct_path;
+static int direct_fd = -1;
 
 /* Shared with the process outside. */
 static struct shared {
@@ -378,7 +386,147 @@ static void *fork_again_and_again(void *context)
     return NULL;
 }
 
+/* ---- huge pages ---- */
+
+#define HUGE_WRITES 4U
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+/* Gives the chunk up and fills it while it is not armed; makes one huge page of it, if there is
+ * one. */
+static void make_huge(uint32_t first)
+{
+    lock_take(&block->lock);
+    if (discard_pages(&ram, block, first, HUGE_PAGES, MADV_DONTNEED) < 0)
+        fail(PART_HUGE, first, "the discard failed");
+    lock_release(&block->lock);
+    for (uint32_t i = first; i < first + HUGE_PAGES; i++)
+        fill_version(ram_address(block, i), i, false);
+    madvise(ram_address(block, first), HUGE_BYTES, MADV_COLLAPSE);
+    lock_take(&block->lock);
+    if (remap_arm(&ram, block, first, HUGE_PAGES) < 0)
+        fail(PART_HUGE, first, "it can't be armed");
+    block->chunks[ram_chunk_of(block, first)].state = CHUNK_ARMED;
+    ram_move_places(&ram, block, first, HUGE_PAGES, TRANSITION_POPULATE);
+    lock_release(&block->lock);
+}
+
+/* Some stores that stay for a moment: a merge that meets them has to give these pages back. */
+static bool write_in_huge(uint32_t first, uint32_t *random)
+{
+    volatile uint64_t *words[HUGE_WRITES];
+    uint64_t before[HUGE_WRITES];
+
+    for (uint32_t k = 0; k < HUGE_WRITES; k++) {
+        uint32_t at = k * (uint32_t)HUGE_PAGES / HUGE_WRITES + next_random(random) % 128;
+        words[k] = (uint64_t *)ram_address(block, first + at) + next_random(random) % 512;
+        before[k] = *words[k];
+        *words[k] = ~before[k];
+    }
+    for (uint32_t spin = next_random(random) % 20000; spin > 0; spin--)
+        __asm__ volatile("" ::: "memory");
+    for (uint32_t k = 0; k < HUGE_WRITES; k++) {
+        if (*words[k] != ~before[k]) {
+            fail(PART_HUGE, first, "a store is lost");
+            return false;
+        }
+        *words[k] = before[k];
+    }
+    return true;
+}
+
+static bool read_into_huge(uint32_t index)
+{
+    uint8_t want[PAGE_BYTES];
+
+    for (int other = 1; direct_fd >= 0 && other >= 0; other--) {
+        if (pread(direct_fd, ram_address(block, index), PAGE_BYTES, version_offset(index, other)) !=
+            (ssize_t)PAGE_BYTES) {
+            fail(PART_HUGE, index, strerror(errno));
+            return false;
+        }
+        fill_version(want, index, other);
+        if (!check(PART_HUGE, index, want, ram_address(block, index)))
+            return false;
+    }
+    return true;
+}
+
+static void *work_in_huge_pages(void *context)
+{
+    uint32_t random = 1234;
+    uint8_t want[PAGE_BYTES];
+
+    (void)context;
+    while (!stopped()) {
+        uint32_t half = next_random(&random) % 2 * (uint32_t)HUGE_PAGES;
+        uint32_t first = part_first(PART_HUGE) + half;
+        make_huge(first);
+        for (uint32_t k = next_random(&random) % 32; k > 0 && !stopped(); k--)
+            if (!write_in_huge(first, &random) ||
+                (k % 8 == 0 && !read_into_huge(first + next_random(&random) % HUGE_PAGES)))
+                return NULL;
+        for (uint32_t i = first; i < first + HUGE_PAGES; i++) {
+            fill_version(want, i, false);
+            if (!check(PART_HUGE, i, want, ram_address(block, i)))
+                return NULL;
+        }
+        shared->rounds[PART_HUGE]++;
+    }
+    return NULL;
+}
+
 /* ---- the merger ---- */
+
+/* merge_without_freeze for a whole chunk. */
+static void merge_huge_without_freeze(uint32_t index, uint32_t slot)
+{
+    uint8_t *view = segments_view(&segments, slot, HUGE_PAGES);
+    uint32_t slots[HUGE_PAGES];
+
+    lock_take(&block->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+        slots[i] = slot + i;
+        if (ram_place(block, index + i) != PLACE_PRIVATE || ram_captive(block, index + i)) {
+            lock_release(&block->lock);
+            return;
+        }
+    }
+    if (memcmp(ram_address(block, index), view, HUGE_BYTES) == 0 &&
+        remap_map(&ram, block, index, HUGE_PAGES, view) == 0)
+        stats.merges += HUGE_PAGES - remap_protect(&ram, block, index, HUGE_PAGES, slots);
+    lock_release(&block->lock);
+}
+
+static void merge_huge(uint32_t *random)
+{
+    uint32_t half = next_random(random) % 2 * (uint32_t)HUGE_PAGES;
+    uint32_t index = part_first(PART_HUGE) + half;
+    uint8_t outcomes[HUGE_PAGES];
+
+    if (no_freeze)
+        merge_huge_without_freeze(index, SLOT(1, index % SLOTS));
+    else
+        merge_pages(&ram, &segments, block, index, SLOT(1, index % SLOTS), HUGE_PAGES, outcomes,
+                    &stats);
+}
+
+/* Each content is in the store twice: pages that follow each other need not do so there. */
+static void merge_here_and_there(uint32_t index, uint32_t pages, uint32_t *random)
+{
+    uint8_t outcomes[FREEZE_MAX_PAGES];
+    uint32_t slots[FREEZE_MAX_PAGES];
+    uint32_t copy = 0;
+
+    for (uint32_t i = 0; i < pages; i++) {
+        if (next_random(random) % 4 == 0)
+            copy = SLOTS - copy;
+        slots[i] = SLOT(1, copy + (index + i) % SLOTS);
+    }
+    merge_scattered(&ram, &segments, block, index, slots, pages, outcomes, &stats);
+}
 
 static void merge_some(uint32_t *random)
 {
@@ -387,10 +535,16 @@ static void merge_some(uint32_t *random)
     uint32_t index = next_random(random) % (PAGES - FREEZE_MAX_PAGES);
     uint32_t slot = index % SLOTS;
 
+    if (only_huge || next_random(random) % 8 == 0) {
+        merge_huge(random);
+        return;
+    }
     if (slot + pages > SLOTS)
         pages = SLOTS - slot;
     if (no_freeze)
         merge_without_freeze(index, SLOT(1, slot), pages);
+    else if (next_random(random) % 2)
+        merge_here_and_there(index, pages, random);
     else
         merge_pages(&ram, &segments, block, index, SLOT(1, slot), pages, outcomes, &stats);
 }
@@ -402,12 +556,12 @@ static int make_store(void)
     int fd = memfd_create("memd-race", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     uint8_t page[PAGE_BYTES];
 
-    for (uint32_t i = 0; i < SLOTS; i++) {
-        fill_version(page, i, false);
+    for (uint32_t i = 0; i < 2 * SLOTS; i++) {
+        fill_version(page, i % SLOTS, false);
         if (pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES) != (ssize_t)PAGE_BYTES)
             return -EIO;
     }
-    return take_store(fd, SLOTS);
+    return take_store(fd, 2 * SLOTS);
 }
 
 static int set_up(void)
@@ -418,7 +572,7 @@ static int set_up(void)
     int r;
 
     guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
-    r = take_memory_in(guest, PAGES * PAGE_BYTES, &reason);
+    r = take_memory_in(guest, PAGES * PAGE_BYTES, RAM_HUGEPAGE, &reason);
     if (r < 0 && reason) {
         printf("skip race: %s\n", reason);
         exit(77);
@@ -433,6 +587,7 @@ static void parse(int argc, char **argv)
     static const struct option options[] = {{"merges", required_argument, NULL, 'm'},
                                             {"file", required_argument, NULL, 'f'},
                                             {"no-freeze", no_argument, NULL, 'n'},
+                                            {"huge", no_argument, NULL, 'h'},
                                             {0}};
     int option;
 
@@ -443,6 +598,8 @@ static void parse(int argc, char **argv)
             direct_path = optarg;
         else if (option == 'n')
             no_freeze = true;
+        else if (option == 'h')
+            only_huge = true;
         else
             exit(2);
 }
@@ -457,16 +614,42 @@ static pid_t start_outside(void)
     return child;
 }
 
+static uint32_t start_others(pthread_t *threads)
+{
+    uint32_t count = 0;
+
+    pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_A);
+    pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_B);
+    pthread_create(&threads[count++], NULL, discard, NULL);
+    pthread_create(&threads[count++], NULL, fork_again_and_again, NULL);
+    if (direct_fd >= 0) {
+        void *fd = (void *)(intptr_t)direct_fd;
+        pthread_create(&threads[count++], NULL, read_directly, fd);
+        pthread_create(&threads[count++], NULL, read_into_fixed_buffers, fd);
+    }
+    return count;
+}
+
+static void print_result(void)
+{
+    printf("race: %" PRIu64 " merges, %" PRIu64 " unmerges, %" PRIu64 " mismatches, %" PRIu64
+           " refused, %" PRIu64 " huge, %" PRIu64 " captive, %u errors; rounds:",
+           stats.merges, ram.unmerges, stats.mismatches, stats.busy, ram.huge_freezes,
+           block->captives, shared->errors);
+    for (int part = 0; part < PART_COUNT; part++)
+        printf(" %s %" PRIu64, part_names[part], shared->rounds[part]);
+    printf("\n");
+}
+
 int main(int argc, char **argv)
 {
-    pthread_t threads[6];
+    pthread_t threads[7];
     pthread_t ager;
     uint32_t count = 0;
     uint32_t random = 1;
     int status = 0;
-    int fd;
     int r;
-    pid_t outside;
+    pid_t outside = 0;
 
     parse(argc, argv);
     shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -475,34 +658,25 @@ int main(int argc, char **argv)
         printf("race: setting up: %s\n", strerror(-r));
         return 2;
     }
-    fd = direct_path ? make_versions_file() : -1;
-    outside = start_outside();
-    pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_A);
-    pthread_create(&threads[count++], NULL, write_in_threads, (void *)(intptr_t)PART_THREAD_B);
-    pthread_create(&threads[count++], NULL, discard, NULL);
-    pthread_create(&ager, NULL, age_pages, NULL);
-    pthread_create(&threads[count++], NULL, fork_again_and_again, NULL);
-    if (fd >= 0) {
-        pthread_create(&threads[count++], NULL, read_directly, (void *)(intptr_t)fd);
-        pthread_create(&threads[count++], NULL, read_into_fixed_buffers, (void *)(intptr_t)fd);
-    } else {
+    direct_fd = direct_path ? make_versions_file() : -1;
+    if (direct_fd < 0)
         printf("race: no direct I/O here (%s): left out\n",
-               direct_path ? strerror(-fd) : "no --file");
+               direct_path ? strerror(-direct_fd) : "no --file");
+    if (!only_huge) {
+        outside = start_outside();
+        count = start_others(threads);
     }
+    pthread_create(&threads[count++], NULL, work_in_huge_pages, NULL);
+    pthread_create(&ager, NULL, age_pages, NULL);
     while (!stopped() && stats.merges < wanted_merges)
         merge_some(&random);
     __atomic_store_n(&shared->stop, 1, __ATOMIC_RELEASE);
     for (uint32_t i = 0; i < count; i++)
         pthread_join(threads[i], NULL);
-    waitpid(outside, &status, 0);
+    if (outside)
+        waitpid(outside, &status, 0);
     if (direct_path)
         unlink(direct_path);
-    printf("race: %" PRIu64 " merges, %" PRIu64 " unmerges, %" PRIu64 " mismatches, %" PRIu64
-           " refused, %" PRIu64 " captive, %u errors; rounds:",
-           stats.merges, ram.unmerges, stats.mismatches, stats.busy, block->captives,
-           shared->errors);
-    for (int part = 0; part < PART_COUNT; part++)
-        printf(" %s %" PRIu64, part_names[part], shared->rounds[part]);
-    printf("\n");
+    print_result();
     return shared->errors || status || ram.refused_transitions ? 1 : 0;
 }

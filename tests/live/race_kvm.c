@@ -207,7 +207,7 @@ static int set_up(int serial_fd)
     pthread_sigmask(SIG_BLOCK, &kick, NULL); /* only vCPUs take it */
     board_open(&machine, serial_fd);
     board_add_virtio(&machine, &virtio_rng_ops);
-    r = take_memory_in(machine.memory.base, machine.memory.bytes, &reason);
+    r = take_memory_in(machine.memory.base, machine.memory.bytes, 0, &reason);
     if (r < 0 && reason) {
         printf("skip race_kvm: %s\n", reason);
         exit(EXIT_CANT_RUN);

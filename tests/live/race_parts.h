@@ -39,6 +39,7 @@ static void *age_pages(void *unused)
         for (uint32_t i = next_random(&random) % 64; i > 0; i--) {
             madvise(ram_address(block, 0), (size_t)block->pages * PAGE_BYTES, MADV_COLD);
             madvise(ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES, MADV_COLD);
+            madvise(ram.huge_staging, HUGE_BYTES, MADV_COLD);
         }
         usleep(next_random(&random) % 20000);
     }
@@ -49,21 +50,21 @@ static void *age_pages(void *unused)
 static inline void merge_without_freeze(uint32_t index, uint32_t slot, uint32_t pages)
 {
     uint8_t *view = segments_view(&segments, slot, pages);
-    uint32_t captives;
+    bool captive;
 
     for (uint32_t i = 0; i < pages; i++) {
         lock_take(&block->lock);
         if (ram_place(block, index + i) == PLACE_PRIVATE && !ram_captive(block, index + i) &&
             memcmp(ram_address(block, index + i), view + i * PAGE_BYTES, PAGE_BYTES) == 0 &&
-            remap_to_store(&ram, block, index + i, 1, view + i * PAGE_BYTES, slot + i, &captives) ==
-                0)
+            remap_to_store(&ram, block, index + i, view + i * PAGE_BYTES, slot + i, &captive) == 0)
             stats.merges++;
         lock_release(&block->lock);
     }
 }
 
 /* The handler runs, all of the memory is armed. 0 or -errno; with a reason, this kernel can't. */
-static inline int take_memory_in(uint8_t *guest, size_t bytes, const char **ret_reason)
+static inline int take_memory_in(uint8_t *guest, size_t bytes, uint32_t attributes,
+                                 const char **ret_reason)
 {
     int r = ram_open(&ram, -1, ret_reason);
 
@@ -74,7 +75,7 @@ static inline int take_memory_in(uint8_t *guest, size_t bytes, const char **ret_
     r = fault_start(&handler, &ram);
     fault_open(&handler);
     if (r == 0)
-        r = ram_add(&ram, guest, bytes, 0, true, &block);
+        r = ram_add(&ram, guest, bytes, attributes, true, &block);
     for (uint32_t c = 0; r == 0 && c < block->chunk_count; c++) {
         uint32_t first = ram_chunk_first(block, c);
 

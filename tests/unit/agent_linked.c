@@ -20,6 +20,7 @@
 #include "agent.h"
 #include "agent_bytes.h"
 #include "agent_memd.h"
+#include "procfs.h"
 #include "uffd.h"
 
 #define PAGES 256U
@@ -455,6 +456,82 @@ Test(linked, a_hook_that_lies_ends_the_sharing_and_nothing_else, .timeout = 60)
     cr_assert_eq(hook_asked, 0, "it is not asked again");
     cr_assert_leq(status().shared, PAGES / 2);
     holds_all(0);
+    tear_down();
+}
+
+/* The agent may wait for the rest of a huge page, but not for ever. */
+Test(linked, the_beginning_of_a_huge_page_is_merged_though_the_rest_never_comes, .timeout = 60)
+{
+    size_t bytes = 2 * HUGE_BYTES;
+    uint8_t *at;
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
+
+    memd_end_start(&memd);
+    if (attach(NULL) < 0)
+        cr_skip_test("no agent on this kernel");
+    at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    at = (uint8_t *)(((uintptr_t)at + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
+    madvise(at, HUGE_BYTES, MADV_HUGEPAGE);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        bytes_fill(at + i * PAGE_BYTES, i + 1);
+    cr_assert_eq(memd_ram_add(vm, at, HUGE_BYTES, 0), 0);
+    UNTIL(status().connected == 1 && memd.fd >= 0);
+    memd_end_give(&memd, 1, PAGES, fd);
+    for (int tries = 0; tries < 400 && status().shared < 8; tries++) {
+        memd_end_merge(&memd, 0, SLOT(1, 0), 8);
+        usleep(50000);
+    }
+    cr_assert_eq(status().shared, 8);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert(bytes_hold(at + i * PAGE_BYTES, i + 1));
+    close(fd);
+    tear_down();
+}
+
+/* Pages that go to slots all over the store take two mappings each. */
+Test(linked, scattered_pages_are_merged_as_far_as_the_mappings_last, .timeout = 60)
+{
+    int fd = bytes_segment(PAGES, 1, ALL_SEALS);
+    uint32_t slots[PAGES], limit;
+
+    set_up_with(NULL);
+    for (uint32_t i = 0; i < PAGES; i++) { /* backwards */
+        slots[i] = SLOT(1, PAGES - 1 - i);
+        bytes_fill(ram + i * PAGE_BYTES, PAGES - i);
+    }
+    UNTIL(status().connected == 1 && memd.fd >= 0 && status().passes > 0 && vm->vmas > 0);
+    limit = 2 * vm->vmas + 80; /* from the half on single pages are not worth it */
+    cr_assert_lt(limit, vm->vmas + 2 * PAGES);
+    vm->vma_limit = limit;
+    memd_end_give(&memd, 1, PAGES, fd);
+    for (int tries = 0; tries < 400 && !memd_end_heard(&memd, "VMA budget"); tries++) {
+        memd_end_merge_scattered(&memd, 0, slots, PAGES);
+        usleep(50000);
+    }
+    cr_assert(memd_end_heard(&memd, "VMA budget"));
+    cr_assert_gt(status().shared, 10);
+    cr_assert_leq((uint32_t)procfs_count_vmas(), limit, "%d VMAs", procfs_count_vmas());
+    for (uint32_t i = 0; i < PAGES; i++)
+        cr_assert(bytes_hold(ram + i * PAGE_BYTES, PAGES - i), "page %u has other bytes", i);
+    close(fd);
+    tear_down();
+}
+
+Test(linked, a_pass_that_changes_nothing_says_nothing, .timeout = 60)
+{
+    uint32_t passes, said;
+
+    set_up_with(NULL);
+    share(0);
+    memd_end_tune(&memd, 10);
+    passes = status().passes;
+    UNTIL(status().passes > passes + 20); /* what was shared last is told of */
+    passes = status().passes;
+    said = __atomic_load_n(&memd.messages, __ATOMIC_ACQUIRE);
+    UNTIL(status().passes >= passes + 80);
+    said = __atomic_load_n(&memd.messages, __ATOMIC_ACQUIRE) - said;
+    cr_assert_geq(said, 8, "each eighth is told of");
+    cr_assert_leq(said, 40, "%u messages", said);
     tear_down();
 }
 

@@ -49,6 +49,7 @@ static void read_messages(struct memd_end *end)
     ssize_t got;
 
     while ((got = recv(end->fd, &message, sizeof(message), MSG_DONTWAIT)) > 0) {
+        __atomic_add_fetch(&end->messages, 1, __ATOMIC_RELEASE);
         if (message.header.type == MESSAGE_STATS)
             memcpy(end->reason, message.stats.reason, sizeof(end->reason));
     }
@@ -128,6 +129,17 @@ void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int f
     pthread_mutex_unlock(&end->lock);
 }
 
+void memd_end_tune(struct memd_end *end, uint32_t revisit_ms)
+{
+    struct message_tune message = {
+        .header = {MESSAGE_TUNE, sizeof(message)}, .revisit_ms = revisit_ms, .cpu_permille = 0};
+
+    pthread_mutex_lock(&end->lock);
+    if (end->fd >= 0)
+        (void)send_with(end->fd, &message, sizeof(message), NULL, 0, 0);
+    pthread_mutex_unlock(&end->lock);
+}
+
 void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
 {
     struct message_mover message = {{MESSAGE_MOVER, sizeof(message)}, role, 0};
@@ -144,7 +156,8 @@ void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd)
     }
 }
 
-void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages)
+void memd_end_merge_scattered(struct memd_end *end, uint32_t page, const uint32_t *slots,
+                              uint32_t pages)
 {
     struct message_plain bell = {{MESSAGE_DOORBELL, sizeof(bell)}};
 
@@ -152,10 +165,19 @@ void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t
     for (uint32_t i = 0; end->fd >= 0 && i < pages && ring_room(&end->ring->to_agent, end->head);
          i++)
         ring_put(&end->ring->to_agent, &end->head,
-                 (struct ring_entry){RING_MERGE, page + i, slot + i});
+                 (struct ring_entry){RING_MERGE, page + i, slots[i]});
     if (end->fd >= 0)
         (void)send_with(end->fd, &bell, sizeof(bell), NULL, 0, 0);
     pthread_mutex_unlock(&end->lock);
+}
+
+void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages)
+{
+    uint32_t slots[SEGMENT_MAX_PAGES];
+
+    for (uint32_t i = 0; i < pages; i++)
+        slots[i] = slot + i;
+    memd_end_merge_scattered(end, page, slots, pages);
 }
 
 bool memd_end_heard(struct memd_end *end, const char *words)

@@ -22,6 +22,7 @@ struct memd_end {
     struct ring *ring;
     uint32_t head;
     char reason[PROTOCOL_TEXT_BYTES]; /* of the last STATS */
+    uint32_t messages;                /* heard, ever */
 };
 
 void memd_end_start(struct memd_end *end);
@@ -31,8 +32,13 @@ void memd_end_forget(pid_t process);
 
 /* Gives the agent a segment (fd stays the caller's). */
 void memd_end_give(struct memd_end *end, uint32_t segment, uint32_t pages, int fd);
+/* Tells it how often to look. */
+void memd_end_tune(struct memd_end *end, uint32_t revisit_ms);
 /* Tells it to merge pages with slots, both ascending. */
 void memd_end_merge(struct memd_end *end, uint32_t page, uint32_t slot, uint32_t pages);
+/* The same, page + i with slots[i]. */
+void memd_end_merge_scattered(struct memd_end *end, uint32_t page, const uint32_t *slots,
+                              uint32_t pages);
 /* Gives the agent a mover (fd stays the caller's). */
 void memd_end_give_mover(struct memd_end *end, uint32_t role, int fd);
 /* Does the last reason that the agent gave contain these words? */

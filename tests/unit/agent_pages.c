@@ -652,6 +652,23 @@ static void *age(void *unused)
     return unused;
 }
 
+/* Stands under freeze.c's calls of uffd_move (CMakeLists.txt): what it moves it moves, but it does
+ * not say so. */
+static long kernel_says; /* 0: the truth */
+static uint8_t *kernel_drops;
+
+long __real_uffd_move(int fd, void *to, void *from, size_t bytes);
+long __wrap_uffd_move(int fd, void *to, void *from, size_t bytes);
+
+long __wrap_uffd_move(int fd, void *to, void *from, size_t bytes)
+{
+    long moved = __real_uffd_move(fd, to, from, bytes);
+
+    if (kernel_drops)
+        madvise(kernel_drops, PAGE_BYTES, MADV_DONTNEED);
+    return kernel_says && kernel_says < moved ? kernel_says : moved;
+}
+
 static bool is_there(const uint8_t *at)
 {
     uint64_t entry = 0;
@@ -736,4 +753,286 @@ Test(agent_pages, a_numa_policy_of_fresh_memory_is_kept)
     cr_assert(has_policy(at, "prefer"));
     cr_assert_eq(ram_add(&ram, at, HUGE_BYTES, 0, true, &other), 0);
     cr_assert(has_policy(at, "prefer"));
+}
+
+/* ---- huge pages ---- */
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+/* Fills an armed chunk anew, as one huge page. */
+static void fill_huge(uint32_t first, uint32_t first_content)
+{
+    cr_assert_eq(discard_pages(&ram, block, first, HUGE_PAGES, MADV_DONTNEED), 0);
+    fill_guest(first, HUGE_PAGES, first_content);
+    madvise(ram_address(block, first), HUGE_BYTES, MADV_COLLAPSE);
+    cr_assert_eq(remap_arm(&ram, block, first, HUGE_PAGES), 0);
+    block->chunks[ram_chunk_of(block, first)].state = CHUNK_ARMED;
+    ram_move_places(&ram, block, first, HUGE_PAGES, TRANSITION_POPULATE);
+    if (!freeze_is_huge(&ram, block, first))
+        cr_skip_test("this machine gives no huge page");
+}
+
+Test(agent_pages, a_huge_page_is_frozen_whole_and_what_differs_goes_back)
+{
+    uint8_t outcomes[HUGE_PAGES];
+
+    for (uint32_t round = 1; round <= 3; round++) {
+        fill_huge(1024, 1000);
+        if (round == 2)
+            bytes_fill(ram_address(block, 1034), 7);
+        merge(1024, 0, HUGE_PAGES, outcomes);
+        cr_assert_eq(ram.huge_freezes, round);
+        for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+            bool other = round == 2 && i == 10;
+            cr_assert_eq(outcomes[i], other ? NOT_MERGED_MISMATCH : 0, "page %u: %u", i,
+                         outcomes[i]);
+            cr_assert_eq(ram_place(block, 1024 + i), other ? PLACE_PRIVATE : PLACE_SHARED);
+            cr_assert(bytes_hold(ram_address(block, 1024 + i), other ? 7 : 1000 + i));
+        }
+        assert_sums();
+    }
+}
+
+/* The page tables of a huge page that is given back in parts would be in the way of the next. */
+Test(agent_pages, a_huge_page_that_is_given_back_is_as_it_was)
+{
+    for (uint32_t round = 0; round < 2; round++) {
+        uint32_t part = round == 0 ? 200 : HUGE_PAGES;
+
+        fill_huge(1024, 1000);
+        lock_take(&block->lock);
+        cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), HUGE_PAGES);
+        cr_assert(bytes_hold(freeze_bytes(&ram, 300), 1300));
+        cr_assert(!freeze_is_huge(&ram, block, 1024), "it has left a hole");
+        freeze_return(&ram, block, 1024, 0, part);
+        freeze_return(&ram, block, 1024 + part, part, HUGE_PAGES - part);
+        freeze_thaw(&ram, block, 1024, HUGE_PAGES);
+        if (part == HUGE_PAGES)
+            cr_assert(freeze_is_huge(&ram, block, 1024), "it came back as it was");
+        lock_release(&block->lock);
+        for (uint32_t i = 0; i < HUGE_PAGES; i++)
+            cr_assert(bytes_hold(ram_address(block, 1024 + i), 1000 + i));
+    }
+}
+
+/* As is left there where the kernel filled a hole of the staging area behind our back (mlockall).
+ */
+static void leave_zeros(uint8_t *at)
+{
+    static const uint8_t zeros[PAGE_BYTES];
+
+    cr_assert_eq(uffd_copy(ram.guest_fd, at, zeros, PAGE_BYTES, false), (long)PAGE_BYTES);
+}
+
+Test(agent_pages, what_was_in_the_staging_area_is_not_taken_for_what_was_moved)
+{
+    uint8_t outcomes[64];
+
+    fill_guest(0, 64, 1000);
+    freeze_empty(&ram);
+    leave_zeros(ram.staging + 8 * PAGE_BYTES);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 0, 64), 8);
+    cr_assert(bytes_hold(freeze_bytes(&ram, 7), 1007));
+    cr_assert(is_there(ram_address(block, 8)));
+    freeze_return(&ram, block, 0, 0, 8);
+    freeze_thaw(&ram, block, 0, 8);
+    cr_assert_eq(freeze_take(&ram, block, 8, 4), -EEXIST, "it is the very next");
+    lock_release(&block->lock);
+    merge(0, 0, 64, outcomes);
+    for (uint32_t i = 0; i < 64; i++)
+        cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
+    assert_sums();
+}
+
+/* What is in the way of the move's end: 100 pages are moved, one by one. */
+Test(agent_pages, a_huge_page_that_is_split_half_way_is_merged_in_parts)
+{
+    uint8_t outcomes[HUGE_PAGES];
+
+    fill_huge(1024, 1000);
+    freeze_empty(&ram);
+    leave_zeros(ram.huge_staging + 100 * PAGE_BYTES);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), 100);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert_eq(is_there(ram_address(block, 1024 + i)), i >= 100, "page %u", i);
+    freeze_return(&ram, block, 1024, 0, 100);
+    freeze_thaw(&ram, block, 1024, 100);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert(bytes_hold(ram_address(block, 1024 + i), 1000 + i), "page %u", i);
+    fill_huge(1024, 1000);
+    freeze_empty(&ram);
+    leave_zeros(ram.huge_staging + 100 * PAGE_BYTES);
+    bytes_fill(ram_address(block, 1024 + 50), 7);
+    bytes_fill(ram_address(block, 1024 + 200), 8);
+    merge(1024, 0, HUGE_PAGES, outcomes);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+        bool other = i == 50 || i == 200;
+        uint32_t content = i == 50 ? 7 : i == 200 ? 8 : 1000 + i;
+        cr_assert_eq(outcomes[i], other ? NOT_MERGED_MISMATCH : 0, "page %u: %u", i, outcomes[i]);
+        cr_assert(bytes_hold(ram_address(block, 1024 + i), content), "page %u", i);
+    }
+    assert_sums();
+}
+
+Test(agent_pages, what_the_kernel_leaves_out_of_its_count_is_found_in_huge_pages_too)
+{
+    static const long said[] = {-EEXIST, 8 * (long)PAGE_BYTES, -EAGAIN};
+    uint8_t outcomes[HUGE_PAGES];
+
+    for (size_t k = 0; k < sizeof(said) / sizeof(said[0]); k++) {
+        fill_huge(1024, 1000);
+        lock_take(&block->lock);
+        kernel_says = said[k];
+        cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), HUGE_PAGES);
+        freeze_return(&ram, block, 1024, 0, HUGE_PAGES);
+        freeze_thaw(&ram, block, 1024, HUGE_PAGES);
+        kernel_says = 0;
+        cr_assert(freeze_is_huge(&ram, block, 1024), "it came back as it was");
+        lock_release(&block->lock);
+        bytes_fill(ram_address(block, 1024 + 50), 7);
+        kernel_says = said[k];
+        merge(1024, 0, HUGE_PAGES, outcomes);
+        kernel_says = 0;
+        for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+            cr_assert_eq(outcomes[i], i == 50 ? NOT_MERGED_MISMATCH : 0, "page %u", i);
+            cr_assert(bytes_hold(ram_address(block, 1024 + i), i == 50 ? 7 : 1000 + i));
+        }
+    }
+    assert_sums();
+}
+
+/* Split, stopped half-way, and miscounted. */
+Test(agent_pages, what_the_kernel_leaves_out_of_its_count_is_no_more_than_was_moved)
+{
+    fill_huge(1024, 1000);
+    freeze_empty(&ram);
+    leave_zeros(ram.huge_staging + 100 * PAGE_BYTES);
+    leave_zeros(ram.huge_staging + 200 * PAGE_BYTES);
+    lock_take(&block->lock);
+    kernel_says = 8 * (long)PAGE_BYTES;
+    cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), 100);
+    freeze_return(&ram, block, 1024, 0, 100);
+    freeze_thaw(&ram, block, 1024, 100);
+    kernel_says = 0;
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert(bytes_hold(ram_address(block, 1024 + i), 1000 + i), "page %u", i);
+}
+
+/* As a page that was given up with MADV_FREE is dropped, before it was looked at what came. */
+Test(agent_pages, a_page_that_is_dropped_does_not_hide_those_behind_it)
+{
+    fill_guest(0, 64, 1000);
+    freeze_empty(&ram);
+    lock_take(&block->lock);
+    kernel_says = -EEXIST;
+    kernel_drops = ram.staging + 20 * PAGE_BYTES;
+    cr_assert_eq(freeze_take(&ram, block, 0, 64), 64);
+    kernel_drops = NULL;
+    freeze_return(&ram, block, 0, 0, 64);
+    freeze_thaw(&ram, block, 0, 64);
+    kernel_says = 0;
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < 64; i++)
+        if (i == 20)
+            cr_assert(hash_page_is_zero(ram_address(block, i)));
+        else
+            cr_assert(bytes_hold(ram_address(block, i), 1000 + i), "page %u", i);
+}
+
+Test(agent_pages, a_file_opened_for_direct_io_meanwhile_gives_a_huge_page_back_whole)
+{
+    uint8_t outcomes[HUGE_PAGES];
+
+    fill_huge(1024, 1000);
+    ram.direct_io_changed = 1;
+    merge(1024, 0, HUGE_PAGES, outcomes);
+    cr_assert_eq(ram.huge_freezes, 1);
+    cr_assert(freeze_is_huge(&ram, block, 1024), "nothing has split it");
+    for (uint32_t i = 0; i < HUGE_PAGES; i++) {
+        cr_assert_eq(outcomes[i], NOT_MERGED_BUSY);
+        cr_assert(bytes_hold(ram_address(block, 1024 + i), 1000 + i));
+    }
+    ram.direct_io_changed = 0; /* it was looked at */
+    merge(1024, 0, HUGE_PAGES, outcomes);
+    cr_assert_eq(ram.huge_freezes, 2);
+    cr_assert_eq(block->counts[PLACE_SHARED], HUGE_PAGES);
+    assert_sums();
+}
+
+/* A frozen page that was given up with MADV_FREE may be dropped; here as the kernel does it. */
+Test(agent_pages, what_is_dropped_from_a_frozen_huge_page_reads_as_zeros)
+{
+    fill_huge(1024, 1000);
+    lock_take(&block->lock);
+    cr_assert_eq(freeze_take(&ram, block, 1024, HUGE_PAGES), HUGE_PAGES);
+    madvise(freeze_bytes(&ram, 9), PAGE_BYTES, MADV_DONTNEED);
+    cr_assert(hash_page_is_zero(freeze_bytes(&ram, 9)));
+    freeze_return(&ram, block, 1024, 0, HUGE_PAGES);
+    freeze_thaw(&ram, block, 1024, HUGE_PAGES);
+    lock_release(&block->lock);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        if (i == 9)
+            cr_assert(hash_page_is_zero(ram_address(block, 1024 + i)));
+        else
+            cr_assert(bytes_hold(ram_address(block, 1024 + i), 1000 + i), "page %u", i);
+}
+
+Test(agent_pages, each_run_of_a_scattered_merge_spends_its_mappings)
+{
+    uint32_t slots[64], vmas = vmas_of_guest();
+    uint8_t outcomes[64];
+
+    for (uint32_t i = 0; i < 64; i++) { /* 16 runs of four */
+        slots[i] = SLOT(1, (15 - i / 4) * 4 + i % 4);
+        bytes_fill(ram_address(block, 512 + i), 1000 + SLOT_PAGE(slots[i]));
+    }
+    merge_scattered(&ram, &segments, block, 512, slots, 64, outcomes, &stats);
+    cr_assert_eq(block->counts[PLACE_SHARED], 64);
+    cr_assert_eq(ram.vmas_spent, 32);
+    cr_assert_eq(stats.vmas_added, 32);
+    cr_assert_leq(vmas_of_guest(), vmas + 32);
+    for (uint32_t i = 0; i < 300; i++) { /* and what they cost when they end */
+        uint32_t index = 512 + i * 37 % 64;
+        uint32_t before = vmas_of_guest();
+        int cost = ram_place(block, index) == PLACE_SHARED ? ram_split_cost(block, index, 1) : 0;
+        handler.window = 0; /* no more than this one */
+        handler.last_block = NULL;
+        bytes_touch(&ram_address(block, index)[1]);
+        cr_assert_eq((int)vmas_of_guest() - (int)before, cost, "page %u", index);
+    }
+    assert_sums();
+}
+
+Test(agent_pages, pages_that_follow_each_other_are_merged_wherever_they_are_in_the_store)
+{
+    uint32_t slots[40];
+    uint8_t outcomes[40];
+
+    for (uint32_t i = 0; i < 40; i++) {
+        slots[i] = SLOT(1, i < 20 ? 100 - i : 200 + i / 3);
+        bytes_fill(ram_address(block, 8 + i), 1000 + SLOT_PAGE(slots[i]) + (i == 30));
+    }
+    slots[35] = SLOT(9, 0); /* there is no such segment */
+    merge_scattered(&ram, &segments, block, 8, slots, 40, outcomes, &stats);
+    for (uint32_t i = 0; i < 40; i++) {
+        uint8_t want = i == 30 ? NOT_MERGED_MISMATCH : i == 35 ? NOT_MERGED_REFUSED : 0;
+        cr_assert_eq(outcomes[i], want, "page %u: %u", i, outcomes[i]);
+        cr_assert_eq(ram_place(block, 8 + i), want ? PLACE_PRIVATE : PLACE_SHARED);
+        if (!want)
+            cr_assert_eq(block->slots[8 + i], slots[i]);
+    }
+    for (uint32_t i = 0; i < 40; i++)
+        if (i != 35)
+            cr_assert(
+                bytes_hold(ram_address(block, 8 + i), 1000 + SLOT_PAGE(slots[i]) + (i == 30)));
+    assert_sums();
+    bytes_touch(ram_address(block, 12));
+    cr_assert_eq(ram_place(block, 12), PLACE_PRIVATE, "a write still breaks its share");
+    cr_assert_eq(ram_place(block, 11), PLACE_SHARED);
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The small parts of the agent: transitions, hashes, the gate, the ring, the VMM's descriptors. */
+#define XXH_INLINE_ALL
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -9,6 +10,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "agent.h"
 #include "descriptors.h"
@@ -61,6 +63,20 @@ Test(hash, the_secret_counts_and_no_tag_is_zero)
     cr_assert_neq(hash_page(&a, page), hash_page(&b, page));
     cr_assert_eq(hash_tag(0), 1);
     cr_assert_eq(hash_tag(0x1234567812345678ULL), 1);
+}
+
+Test(hash, it_is_xxh3_whatever_this_cpu_can_do)
+{
+    static uint8_t page[PAGE_BYTES];
+    struct hash_secret secret;
+
+    for (size_t i = 0; i < sizeof(secret); i++)
+        secret.bytes[i] = (uint8_t)(i * 11 + 3);
+    for (uint32_t n = 0; n < 1000; n++) {
+        page[n * 37 % PAGE_BYTES] += (uint8_t)(n + 1);
+        cr_assert_eq(hash_page(&secret, page),
+                     XXH3_64bits_withSecret(page, PAGE_BYTES, secret.bytes, sizeof(secret.bytes)));
+    }
 }
 
 static int answer;

@@ -403,3 +403,22 @@ Test(agent_scan_huge, a_cold_huge_page_is_offered_page_by_page_and_stays_huge)
     for (uint32_t i = 0; i < HUGE_PAGES; i++)
         cr_assert_eq(offers[i], 1);
 }
+
+Test(agent_scan_huge, a_huge_page_of_zeros_is_dropped_whole)
+{
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        write_page(i, 1);
+    pass();
+    need_huge_page();
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        write_page(i, 0);
+    for (int n = 0; n < 6; n++)
+        pass();
+    cr_assert_eq(scanner.zero_merges, HUGE_PAGES);
+    cr_assert_eq(ram.huge_freezes, 1);
+    for (uint32_t i = 0; i < HUGE_PAGES; i++)
+        cr_assert_eq(ram_place(block, i), PLACE_ZERO);
+    cr_assert(hash_page_is_zero(ram_address(block, 5)));
+    write_page(5, 3);
+    cr_assert_eq(*ram_address(block, 5), 3);
+}

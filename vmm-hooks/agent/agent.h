@@ -32,6 +32,9 @@
 
 #define AGENT_MAX_LEFT_ALONE 32U
 
+/* MERGE entries done together: long enough for whole runs, short enough for one turn. */
+#define AGENT_MAX_MERGES 512U
+
 /* RAM that the VMM announced and that is not managed. */
 struct left_alone {
     uint64_t hva;
@@ -83,7 +86,10 @@ struct memd_vm {
     uint64_t gone;      /* bitmap of blocks whose leaving was told */
     uint32_t alone_told;
     uint32_t urgent_told;
-    struct message_stats told; /* what memd was told last */
+    struct message_stats told;                  /* what memd was told last */
+    struct ring_entry merges[AGENT_MAX_MERGES]; /* taken from the ring, not yet done */
+    uint32_t merge_count;
+    uint64_t merges_at_ns; /* when something was last added */
     uint32_t revisit_ms;
     uint32_t cpu_permille;
     uint32_t interval_ms;
@@ -177,6 +183,8 @@ void session_end_pass(struct memd_vm *vm);
 void session_drop_again(struct memd_vm *vm);
 /* Puts an entry, waiting for room as long as memd may need; false when the connection is over. */
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg);
+/* How long at most session_turn need not be called. */
+uint64_t session_patience_ns(const struct memd_vm *vm);
 /* Waits for memd or for somebody to stop us. */
 void session_wait(struct memd_vm *vm, uint64_t ns);
 
@@ -188,6 +196,8 @@ uint64_t run_cpu_ns(const struct memd_vm *vm);
 bool run_may_freeze(void *vm, struct ram_block *block, uint32_t index, uint32_t pages);
 /* How long a run must be now to be worth two more VMAs; 0: no VMA may be spent at all. */
 uint32_t run_shortest_run(const struct memd_vm *vm);
+/* Will a single page still be worth two VMAs when so many runs were merged? */
+bool run_may_scatter(const struct memd_vm *vm, uint32_t runs);
 /* Counts the VMAs anew where what is known of them is far too much perhaps (by an eighth of the
  * budget: a count takes a microsecond a VMA). True: it did. */
 bool run_count_again(struct memd_vm *vm);

@@ -553,7 +553,7 @@ void agent_give_up(struct memd_vm *vm, const char *reason)
         lock_release(&block->reading);
     }
     if (vm->ram_open)
-        uffd_unregister(vm->ram.guest_fd, vm->ram.staging, FREEZE_MAX_PAGES * PAGE_BYTES);
+        freeze_disarm(&vm->ram);
 }
 
 static void fill_status(const struct memd_vm *vm, struct memd_status *status)

@@ -99,9 +99,8 @@ static uint64_t vma_bound(const struct memd_vm *vm)
     return (uint64_t)vm->vmas + vm->merge.vmas_added + 2 * ended;
 }
 
-uint32_t run_shortest_run(const struct memd_vm *vm)
+static uint32_t shortest_run_at(const struct memd_vm *vm, uint64_t vmas)
 {
-    uint64_t vmas = vma_bound(vm);
     uint64_t limit = vm->vma_limit;
 
     if (vmas + 2 > limit)
@@ -111,6 +110,16 @@ uint32_t run_shortest_run(const struct memd_vm *vm)
     if (vmas < limit / 4 * 3)
         return 2;
     return vmas < limit / 8 * 7 ? 4 : 16;
+}
+
+uint32_t run_shortest_run(const struct memd_vm *vm)
+{
+    return shortest_run_at(vm, vma_bound(vm));
+}
+
+bool run_may_scatter(const struct memd_vm *vm, uint32_t runs)
+{
+    return shortest_run_at(vm, vma_bound(vm) + 2 * (uint64_t)runs) == 1;
 }
 
 static bool offer(void *context, uint32_t page, uint64_t hash)
@@ -362,11 +371,13 @@ static void turn(struct memd_vm *vm)
     freeze_empty(&vm->ram);
     /* A pass at rest is short: its end is soon enough for memd to hear of it, at once of all. */
     if (vm->rpc.fd >= 0) {
-        if (wait > 0 || !vm->scanner.lazy)
+        if (wait > 0 || done > 0 || !vm->scanner.lazy)
             rpc_ring(&vm->rpc);
     } else if (!vm->detached && wait > 1000000000ULL) {
         wait = 1000000000ULL;
     }
+    if (wait > session_patience_ns(vm))
+        wait = session_patience_ns(vm);
     __atomic_store_n(&vm->in_turn, 0, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&vm->turns, 1, __ATOMIC_SEQ_CST);
     if (done == 0 && wait > 0)

@@ -12,20 +12,23 @@
 
 #include "agent.h"
 #include "discard.h"
+#include "freeze.h"
 #include "procfs.h"
 
 #define CONNECT_RETRY_NS 1000000000ULL
 /* memd answers a full ring within milliseconds; a memd that does not for this long is stuck. */
 #define PUT_PATIENCE_NS 5000000000ULL
 /* memd reads what is in the ring in much less; a wait shorter than this costs more than it gives.
- */
-#define MOMENT_NS 200000L
+ * On a busy host it does not: each wait is twice as long as the last, up to 16 times this. */
+#define MOMENT_NS      200000L
+#define MOMENT_DOUBLES 4U
 /* A second for a page buffer. */
-#define BUFFER_TRIES 5000
+#define BUFFER_TRIES 320U
 /* After so many passes memd is told of what it knows already, but for the time that was used. */
 #define TOLD_PASSES 8U
-/* Merge answers taken together: long enough for whole runs, short enough for one turn. */
-#define ANSWERS 512U
+/* How long the beginning of a huge page waits for the rest of it: memd sends what belongs together
+ * within milliseconds. */
+#define REST_NS 5000000ULL
 
 static uint64_t told_bit(uint32_t index)
 {
@@ -41,11 +44,13 @@ static void set_told(struct ram_block *block, uint32_t index, bool told)
 }
 
 /* A moment in which memd can read from the ring. Not woken by what memd says meanwhile: that stays
- * unread until the ring's turn is over, and would wake at once each time. */
-static void wait_for_memd(struct memd_vm *vm)
+ * unread until the ring's turn is over, and would wake at once each time. `waits` is how many such
+ * moments have just gone by in vain. */
+static void wait_for_memd(struct memd_vm *vm, uint32_t waits)
 {
     struct pollfd polled = {.fd = vm->stop_fd, .events = POLLIN};
-    struct timespec moment = {.tv_nsec = MOMENT_NS};
+    struct timespec moment = {.tv_nsec = MOMENT_NS
+                                         << (waits < MOMENT_DOUBLES ? waits : MOMENT_DOUBLES)};
 
     sys_call5(SYS_ppoll, &polled, 1, &moment, NULL, 8);
 }
@@ -53,6 +58,7 @@ static void wait_for_memd(struct memd_vm *vm)
 bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
 {
     uint64_t give_up = 0;
+    uint32_t waits = 0;
 
     while (vm->rpc.fd >= 0 && !rpc_put(&vm->rpc, op, page, arg)) {
         uint64_t now = run_now_ns();
@@ -63,7 +69,7 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
             break;
         }
         rpc_ring(&vm->rpc);
-        wait_for_memd(vm);
+        wait_for_memd(vm, waits++);
     }
     return vm->rpc.fd >= 0;
 }
@@ -304,6 +310,7 @@ void session_close(struct memd_vm *vm)
 {
     rpc_close(&vm->rpc);
     vm->sink_full = false;
+    vm->merge_count = 0;
 }
 
 /* ---- messages ---- */
@@ -466,12 +473,12 @@ static void answer_want(struct memd_vm *vm, const struct ring_entry *entry)
     uint8_t *to = NULL;
     bool good = false;
 
-    for (int tries = 0; block && tries < BUFFER_TRIES && vm->rpc.fd >= 0; tries++) {
+    for (uint32_t tries = 0; block && tries < BUFFER_TRIES && vm->rpc.fd >= 0; tries++) {
         to = rpc_room(&vm->rpc, 2) ? rpc_page_buffer(&vm->rpc, &buffer) : NULL;
         if (to)
             break;
         rpc_ring(&vm->rpc);
-        wait_for_memd(vm);
+        wait_for_memd(vm, tries);
     }
     if (to) {
         lock_take(&block->reading);
@@ -523,16 +530,20 @@ static bool is_too_short(struct memd_vm *vm, uint32_t pages)
     return shortest == 0 || pages < shortest;
 }
 
-static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t pages)
+/* Pages that follow each other, in one block. */
+static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint32_t pages)
 {
+    uint32_t page = entries[0].page;
     struct ram_block *block = ram_find_page(&vm->ram, page);
-    uint8_t outcomes[ANSWERS];
+    uint8_t outcomes[AGENT_MAX_MERGES];
+    uint32_t slots[AGENT_MAX_MERGES];
     uint32_t index;
 
+    for (uint32_t i = 0; i < pages; i++)
+        slots[i] = (uint32_t)entries[i].arg;
     if (!block || page - block->first_page + pages > block->pages) {
         for (uint32_t i = 0; i < pages; i++)
-            session_put(vm, RING_NOT_MERGED, page + i,
-                        (slot + i) | (uint64_t)NOT_MERGED_GONE << 32);
+            session_put(vm, RING_NOT_MERGED, page + i, slots[i] | (uint64_t)NOT_MERGED_GONE << 32);
         return;
     }
     index = page - block->first_page;
@@ -542,25 +553,35 @@ static void merge_run(struct memd_vm *vm, uint32_t page, uint32_t slot, uint32_t
     } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
-        merge_pages(&vm->ram, &vm->segments, block, index, slot, pages, outcomes, &vm->merge);
+        merge_scattered(&vm->ram, &vm->segments, block, index, slots, pages, outcomes, &vm->merge);
     }
     for (uint32_t i = 0; i < pages; i++)
-        report_outcome(vm, block, page + i, slot + i, outcomes[i]);
+        report_outcome(vm, block, page + i, slots[i], outcomes[i]);
 }
 
-/* Pages that follow each other, into slots that follow each other, are merged as one run. */
+/* Into slots that follow each other too? */
+static bool follows(const struct ring_entry *entry)
+{
+    uint32_t slot = (uint32_t)entry->arg;
+
+    return slot == (uint32_t)entry[-1].arg + 1 && SLOT_PAGE(slot) > 0;
+}
+
+/* Pages that follow each other are merged together; where VMAs are short, or would be before the
+ * last of them, only those in slots that follow each other as well. */
 static void merge_entries(struct memd_vm *vm, const struct ring_entry *entries, uint32_t count)
 {
     for (uint32_t i = 0, run; i < count; i += run) {
-        uint32_t slot = (uint32_t)entries[i].arg;
+        uint32_t mappings = 1;
         run = 1;
         while (i + run < count && entries[i + run].page == entries[i].page + run &&
-               (uint32_t)entries[i + run].arg == slot + run &&
-               SLOT_SEGMENT(slot + run) == SLOT_SEGMENT(slot) &&
+               (follows(&entries[i + run]) || run_may_scatter(vm, mappings)) &&
                ram_find_page(&vm->ram, entries[i].page) ==
-                   ram_find_page(&vm->ram, entries[i].page + run))
+                   ram_find_page(&vm->ram, entries[i].page + run)) {
+            mappings += !follows(&entries[i + run]);
             run++;
-        merge_run(vm, entries[i].page, slot, run);
+        }
+        merge_run(vm, entries + i, run);
     }
 }
 
@@ -579,34 +600,84 @@ static void remap_entry(struct memd_vm *vm, const struct ring_entry *entry)
                 slot | (uint64_t)outcome << 32);
 }
 
+/* How many of the last merges are the beginning of a huge page, the rest of which may be on its
+ * way. */
+static uint32_t count_begun(struct memd_vm *vm)
+{
+    const struct ring_entry *last = &vm->merges[vm->merge_count - 1];
+    const struct ram_block *block = ram_find_page(&vm->ram, last->page);
+    uint32_t index, first, begun;
+
+    if (!block)
+        return 0;
+    index = last->page - block->first_page;
+    first = ram_chunk_first(block, ram_chunk_of(block, index));
+    begun = index - first + 1;
+    if (begun >= HUGE_PAGES || begun > vm->merge_count)
+        return 0;
+    last -= begun - 1;
+    for (uint32_t i = 1; i < begun; i++)
+        if (last[i].page != last->page + i)
+            return 0;
+    return freeze_is_huge(&vm->ram, block, first) ? begun : 0;
+}
+
+/* Does what was asked; with `all`, also what might be done better together with more. */
+static void do_merges(struct memd_vm *vm, bool all)
+{
+    uint32_t kept = vm->merge_count > 0 && !all ? count_begun(vm) : 0;
+    uint32_t count = vm->merge_count - kept;
+
+    merge_entries(vm, vm->merges, count);
+    if (vm->rpc.fd < 0)
+        return; /* it broke meanwhile: nobody waits for the answers */
+    memmove(vm->merges, vm->merges + count, kept * sizeof(vm->merges[0]));
+    vm->merge_count = kept;
+}
+
+static void take_merge(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    if (vm->merge_count == AGENT_MAX_MERGES)
+        do_merges(vm, false);
+    if (vm->rpc.fd < 0)
+        return;
+    vm->merges[vm->merge_count++] = *entry;
+    vm->merges_at_ns = run_now_ns();
+}
+
+static void take_entry(struct memd_vm *vm, const struct ring_entry *entry)
+{
+    /* Its segment was sent before it, perhaps since the socket was last read. */
+    if ((entry->op == RING_MERGE || entry->op == RING_REMAP) &&
+        !segments_find(&vm->segments, SLOT_SEGMENT((uint32_t)entry->arg)))
+        take_messages(vm);
+    if (entry->op == RING_MERGE) {
+        take_merge(vm, entry);
+    } else if (entry->op == RING_WANT) {
+        answer_want(vm, entry); /* of a page for which no merge is out */
+    } else if (entry->op == RING_REMAP) {
+        do_merges(vm, true); /* in order: what was asked before is done before */
+        remap_entry(vm, entry);
+    }
+}
+
 static uint32_t take_entries(struct memd_vm *vm)
 {
-    struct ring_entry merges[ANSWERS];
     struct ring_entry entry;
-    uint32_t count = 0;
     uint32_t taken = 0;
 
-    while (taken < ANSWERS && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
+    while (taken < AGENT_MAX_MERGES && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
         taken++;
-        /* Its segment was sent before it, perhaps since the socket was last read. */
-        if ((entry.op == RING_MERGE || entry.op == RING_REMAP) &&
-            !segments_find(&vm->segments, SLOT_SEGMENT((uint32_t)entry.arg)))
-            take_messages(vm);
-        if (entry.op == RING_MERGE) {
-            merges[count++] = entry;
-            continue;
-        }
-        /* In order: what was asked before is done before. */
-        merge_entries(vm, merges, count);
-        count = 0;
-        if (entry.op == RING_WANT)
-            answer_want(vm, &entry);
-        else if (entry.op == RING_REMAP)
-            remap_entry(vm, &entry);
+        take_entry(vm, &entry);
     }
-    if (vm->rpc.fd >= 0)
-        merge_entries(vm, merges, count);
+    if (vm->rpc.fd >= 0 && vm->merge_count > 0)
+        do_merges(vm, taken == 0 && run_now_ns() - vm->merges_at_ns >= REST_NS);
     return taken;
+}
+
+uint64_t session_patience_ns(const struct memd_vm *vm)
+{
+    return vm->merge_count > 0 ? REST_NS : UINT64_MAX;
 }
 
 /* Which thread answers faults, if that has changed. */

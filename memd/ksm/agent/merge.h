@@ -2,9 +2,10 @@
 /*
  * Merging: mapping a slot of the store where a guest page was.
  *
- * Freeze, compare every byte, map, thaw, in runs of up to FREEZE_MAX_PAGES pages that follow each
- * other in the guest and in the store. A hash never decides anything here. What differs, is pinned
- * or is not private any more goes back to the guest as it was.
+ * Freeze, compare every byte, map, thaw, in runs of up to FREEZE_MAX_PAGES pages, or of one
+ * huge page, that follow each other in the guest (what follows each other in the store too is
+ * mapped by one call). A hash never decides anything here. What differs, is pinned or is not
+ * private any more goes back to the guest as it was.
  */
 #ifndef MEMD_KSM_AGENT_MERGE_H
 #define MEMD_KSM_AGENT_MERGE_H
@@ -20,10 +21,13 @@ struct merge_stats {
 };
 
 /*
- * Merges pages [index, index + pages) with the slots from `slot` on, one segment's. Takes the
- * block's lock, a batch at a time. For each page outcomes[i] becomes 0 (it is shared) or an enum
- * not_merged.
+ * Merges page index + i with slots[i]. Takes the block's lock, a batch at a time. For each page
+ * outcomes[i] becomes 0 (it is shared) or an enum not_merged.
  */
+void merge_scattered(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
+                     uint32_t index, const uint32_t *slots, uint32_t pages, uint8_t *outcomes,
+                     struct merge_stats *stats);
+/* The same with the slots from `slot` on, one segment's. */
 void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
                  uint32_t index, uint32_t slot, uint32_t pages, uint8_t *outcomes,
                  struct merge_stats *stats);

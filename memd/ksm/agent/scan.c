@@ -339,9 +339,12 @@ static bool may_drop(struct ram_block *block, uint32_t index, uint32_t pages)
 static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uint32_t index,
                            uint32_t pages)
 {
-    uint32_t done = pages;
+    uint32_t done;
     int frozen;
 
+    if (pages < HUGE_PAGES && pages > FREEZE_MAX_PAGES)
+        pages = FREEZE_MAX_PAGES;
+    done = pages;
     lock_take(&block->lock);
     if (may_drop(block, index, pages)) {
         frozen = freeze_take(scanner->ram, block, index, pages);
@@ -351,7 +354,8 @@ static uint32_t drop_zeros(struct scanner *scanner, struct ram_block *block, uin
             done = (uint32_t)frozen;
         } else {
             scanner->busy++;
-            done = 1;
+            if (frozen != -EBUSY || !freeze_must_wait(scanner->ram))
+                done = 1;
         }
     }
     lock_release(&block->lock);
@@ -367,12 +371,13 @@ static bool is_readable(const struct ram_block *block)
 static bool look_at(struct scanner *scanner, struct ram_block *block, uint32_t first, uint32_t i,
                     uint32_t chunk_pages)
 {
+    uint32_t most = i == 0 && chunk_pages == HUGE_PAGES ? HUGE_PAGES : FREEZE_MAX_PAGES;
     uint32_t run = 0;
     uint64_t hash = 0;
 
     /* A resting block may have been unmapped in part. */
     lock_take(&block->reading);
-    while (is_readable(block) && run < FREEZE_MAX_PAGES && i + run < chunk_pages &&
+    while (is_readable(block) && run < most && i + run < chunk_pages &&
            is_pending(scanner, i + run) && hash_page_is_zero(ram_address(block, first + i + run)))
         run++;
     if (is_readable(block) && run == 0)
