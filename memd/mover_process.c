@@ -73,7 +73,9 @@ static in_port_t *port_of(struct sockaddr_storage *address)
                                           : &((struct sockaddr_in *)(void *)address)->sin_port;
 }
 
-static int listen_at(struct sockaddr_storage *address, socklen_t bytes, uint16_t port)
+/* port 0: any; *ret_port is the one that it is. */
+static int listen_at(struct sockaddr_storage *address, socklen_t bytes, uint16_t port,
+                     uint16_t *ret_port)
 {
     int fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1;
     int result;
@@ -88,6 +90,7 @@ static int listen_at(struct sockaddr_storage *address, socklen_t bytes, uint16_t
         close(fd);
         return result;
     }
+    *ret_port = ntohs(*port_of(address));
     return fd;
 }
 
@@ -105,9 +108,7 @@ static int listen_for_peer(struct migration *migration)
     if (migration->listen_port)
         ports = (struct port_range){migration->listen_port, migration->listen_port};
     for (uint32_t port = ports.first; fd == -EADDRINUSE && port <= ports.last; port++)
-        fd = listen_at(&address, bytes, (uint16_t)port);
-    if (fd >= 0)
-        migration->listen_port = ntohs(*port_of(&address));
+        fd = listen_at(&address, bytes, (uint16_t)port, &migration->listen_port);
     return fd;
 }
 
