@@ -335,6 +335,25 @@ static void choose_user(struct order_start *start)
     start->gid = user ? user->pw_gid : NOBODY;
 }
 
+/* MEMD_MOVER_WITHOUT: what a measurement wants to do without. */
+static uint32_t switches(void)
+{
+    static const struct {
+        const char *word;
+        uint32_t is;
+    } known[] = {{"locality", MOVER_NO_LOCALITY},
+                 {"urgent", MOVER_NO_URGENT},
+                 {"pipelining", MOVER_NO_PIPELINE},
+                 {"sharing", MOVER_NO_SLOTS}};
+    const char *without = getenv("MEMD_MOVER_WITHOUT");
+
+    for (size_t i = 0; without && i < sizeof(known) / sizeof(known[0]); i++) {
+        if (strcmp(without, known[i].word) == 0)
+            return known[i].is;
+    }
+    return 0;
+}
+
 static void fill_start(struct migration *migration)
 {
     const struct config *config = &migration->daemon->config;
@@ -344,6 +363,7 @@ static void fill_start(struct migration *migration)
     start->version = ORDERS_VERSION;
     start->role = migration->source ? MOVER_SOURCE : MOVER_DESTINATION;
     start->plain = config->plain;
+    start->switches = switches();
     if (!start->bandwidth)
         start->bandwidth = config->migration_bandwidth_bytes;
     strcpy(start->tls_cert, config->tls_cert);

@@ -7,8 +7,8 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <time.h>
 
+#include "clock.h"
 #include "freeze.h"
 #include "remap.h"
 #include "uffd.h"
@@ -21,14 +21,6 @@
 
 /* Zeros for a whole window; never written, so that the kernel's zero page stands in for it. */
 static uint8_t zeros[MAX_WINDOW * PAGE_BYTES] __attribute__((aligned(4096)));
-
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
-}
 
 void fault_record(struct fault_times *times, uint64_t ns)
 {
@@ -223,7 +215,7 @@ static void drain(struct fault_handler *handler, int fd,
 {
     struct uffd_msg messages[MESSAGES];
     long got = sys_read(fd, messages, sizeof(messages));
-    uint64_t start = now_ns();
+    uint64_t start = clock_now_ns();
 
     for (long i = 0; i < got / (long)sizeof(messages[0]); i++) {
         if (messages[i].event != UFFD_EVENT_PAGEFAULT)
@@ -231,7 +223,7 @@ static void drain(struct fault_handler *handler, int fd,
         handler->in_progress = false;
         serve(handler, messages[i].arg.pagefault.address);
         if (!handler->in_progress)
-            fault_record(&handler->times, now_ns() - start);
+            fault_record(&handler->times, clock_now_ns() - start);
     }
 }
 

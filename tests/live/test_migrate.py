@@ -59,6 +59,12 @@ class Hosts:
             [machine.program("memctl"), "--socket", self.source.socket, "migrate", self.name, self.address,
              "--json", *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def start_to_move(self):
+        """A guest runs at the destination, and nearly all of its memory is still to come."""
+        self.start()
+        self.begin("--postcopy-only", "--bandwidth", "1M")
+        self.wait_stage("postcopy")
+
     def end(self, seconds=120):
         """(exit status, report, words)"""
         said, why = self._mover.communicate(timeout=seconds)
@@ -224,9 +230,7 @@ def link_cut_before_the_commit_begins_again_and_goes_on_where_it_was_meanwhile()
 @live_test([AGENT, MEMVM])
 def killed_memds_are_not_missed():
     with two_hosts() as hosts:
-        hosts.start()
-        hosts.begin("--postcopy-only", "--bandwidth", "1M")
-        hosts.wait_stage("postcopy")
+        hosts.start_to_move()
         for lab in (hosts.source, hosts.destination):
             lab.kill_memd()
         for lab in (hosts.source, hosts.destination):
@@ -240,9 +244,7 @@ def killed_memds_are_not_missed():
 @live_test([AGENT, MEMVM])
 def killed_movers_are_replaced():
     with two_hosts() as hosts:
-        hosts.start()
-        hosts.begin("--postcopy-only", "--bandwidth", "1M")
-        hosts.wait_stage("postcopy")
+        hosts.start_to_move()
         for lab in (hosts.source, hosts.destination):
             before = hosts.status_at(lab)["pid"]
             os.kill(before, signal.SIGKILL)
@@ -254,9 +256,7 @@ def killed_movers_are_replaced():
 @live_test([AGENT, MEMVM])
 def memd_and_mover_killed_together_are_replaced():
     with two_hosts() as hosts:
-        hosts.start()
-        hosts.begin("--postcopy-only", "--bandwidth", "1M")
-        hosts.wait_stage("postcopy")
+        hosts.start_to_move()
         for lab in (hosts.source, hosts.destination):
             mover = hosts.status_at(lab)["pid"]
             lab.kill_memd()

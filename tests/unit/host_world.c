@@ -131,6 +131,14 @@ static uint64_t hash_of(const struct fake *fake, uint32_t color)
     return hash_page(&fake->secret, content);
 }
 
+/* No test may start or stop the ksmd of the host that it runs on. */
+const char *__wrap_host_ksm_directory(void);
+
+const char *__wrap_host_ksm_directory(void)
+{
+    return "/nonexistent/ksm";
+}
+
 void fake_connect(struct fake *fake, struct world *world, const char *token)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};

@@ -21,6 +21,7 @@
 #include <memd/memd.h>
 #include <pthread.h>
 
+#include "clock.h"
 #include "fault.h"
 #include "gate.h"
 #include "merge.h"
@@ -190,7 +191,6 @@ void session_wait(struct memd_vm *vm, uint64_t ns);
 
 /* run.c (scanner's thread) */
 void *run_scanner(void *vm);
-uint64_t run_now_ns(void);
 uint64_t run_cpu_ns(const struct memd_vm *vm);
 /* May these pages be frozen, as far as I/O and hooks go? Says why not. */
 bool run_may_freeze(void *vm, struct ram_block *block, uint32_t index, uint32_t pages);

@@ -74,7 +74,7 @@ static void lose_mover(struct migration *migration)
     if (migration->fd >= 0)
         sys_close(migration->fd);
     migration->fd = -1;
-    migration->alone_since_ns = run_now_ns();
+    migration->alone_since_ns = clock_now_ns();
 }
 
 /* A mover that leaves so much unread that a message does not fit is as good as gone. */
@@ -388,13 +388,13 @@ static int start_precopy(struct migration *migration, struct exchange *exchange)
 
 static int pause_guest(struct migration *migration, uint64_t *ret_ns)
 {
-    uint64_t begun = run_now_ns();
+    uint64_t begun = clock_now_ns();
     int r;
 
     lock_take(&migration->gate);
     r = gate_pause(&migration->vm->gate);
     lock_release(&migration->gate);
-    *ret_ns = run_now_ns() - begun;
+    *ret_ns = clock_now_ns() - begun;
     migration->paused |= r == 0;
     return r;
 }
@@ -444,7 +444,7 @@ static int save_into(struct migration *migration, int fd, size_t *ret_bytes)
 
 static int save_state(struct migration *migration, struct exchange *exchange)
 {
-    uint64_t begun = run_now_ns();
+    uint64_t begun = clock_now_ns();
     size_t bytes = 0;
     int fd;
     int r;
@@ -461,7 +461,7 @@ static int save_state(struct migration *migration, struct exchange *exchange)
     }
     exchange->answer_fd = fd;
     exchange->value = bytes;
-    exchange->ns = run_now_ns() - begun;
+    exchange->ns = clock_now_ns() - begun;
     return 0;
 }
 
@@ -530,7 +530,7 @@ static int load_from(struct migration *migration, int fd, size_t bytes)
 
 static int load_state(struct migration *migration, struct exchange *exchange)
 {
-    uint64_t begun = run_now_ns();
+    uint64_t begun = clock_now_ns();
     int r = 0;
 
     if (migration->phase != MOVER_PHASE_MAPPED)
@@ -539,7 +539,7 @@ static int load_state(struct migration *migration, struct exchange *exchange)
         r = load_from(migration, exchange->fd, exchange->request->load.bytes);
     else if (hooks_of(&migration->vm->gate) & MOVER_CAN_SAVE)
         return -EINVAL;
-    exchange->ns = run_now_ns() - begun;
+    exchange->ns = clock_now_ns() - begun;
     if (r == 0)
         migration->phase = MOVER_PHASE_LOADED;
     return r;
@@ -547,7 +547,7 @@ static int load_state(struct migration *migration, struct exchange *exchange)
 
 static int go_on(struct migration *migration, uint64_t *ret_ns)
 {
-    uint64_t begun = run_now_ns();
+    uint64_t begun = clock_now_ns();
     int r = 0;
 
     if (migration->paused) {
@@ -556,7 +556,7 @@ static int go_on(struct migration *migration, uint64_t *ret_ns)
         lock_release(&migration->gate);
         migration->paused = false;
     }
-    *ret_ns = run_now_ns() - begun;
+    *ret_ns = clock_now_ns() - begun;
     return r;
 }
 
@@ -762,7 +762,7 @@ static void look_at_stop(struct migration *migration)
         return;
     if (r == 0) {
         migration->phase = MOVER_PHASE_STOPPED;
-        say_progress(migration, run_now_ns(), false); /* what is still to come */
+        say_progress(migration, clock_now_ns(), false); /* what is still to come */
     }
     answer_stop(migration, r, pending);
 }
@@ -777,7 +777,7 @@ static void look_at_passes(struct migration *migration)
     if (ended == migration->pass_told)
         return;
     migration->pass_told = ended;
-    say_progress(migration, run_now_ns(), true);
+    say_progress(migration, clock_now_ns(), true);
 }
 
 static void look_at_map(struct migration *migration)
@@ -956,7 +956,7 @@ static void *run_migration(void *context)
         adopt_mover(migration);
         wait_for_something(migration);
         look_at_engine(migration);
-        now = run_now_ns();
+        now = clock_now_ns();
         if (now - migration->told_ns >= PROGRESS_NS && !migration->told_proven &&
             (migration->have_outgoing || migration->have_incoming))
             say_progress(migration, now, false);

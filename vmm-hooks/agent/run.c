@@ -26,14 +26,6 @@
  * it). */
 #define LOOK_NS 100000000ULL
 
-uint64_t run_now_ns(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000ULL + (uint64_t)time.tv_nsec;
-}
-
 static uint64_t clock_ns(clockid_t clock)
 {
     struct timespec time = {0};
@@ -74,7 +66,7 @@ static bool nothing_forbids_freezing(struct memd_vm *vm)
 bool run_may_freeze(void *context, struct ram_block *block, uint32_t index, uint32_t pages)
 {
     struct memd_vm *vm = context;
-    uint64_t now = run_now_ns();
+    uint64_t now = clock_now_ns();
     bool free;
 
     if (__atomic_exchange_n(&vm->ram.direct_io_changed, 0, __ATOMIC_ACQ_REL) ||
@@ -195,7 +187,7 @@ static void set_up(struct memd_vm *vm)
     if (!vm->ram_open)
         __atomic_store_n(&vm->state, AGENT_GAVE_UP, __ATOMIC_RELEASE);
     count_vmas(vm);
-    vm->budget_at_ns = run_now_ns();
+    vm->budget_at_ns = clock_now_ns();
     vm->cpu_at_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
     __atomic_store_n(&vm->ready, 1, __ATOMIC_RELEASE);
     sys_call3(SYS_futex, &vm->ready, FUTEX_WAKE_PRIVATE, 1);
@@ -259,7 +251,7 @@ static uint64_t next_resume_wait(uint64_t wait_ns)
 /* How long to wait until the next step may be paid for. */
 static uint64_t budget_wait_ns(struct memd_vm *vm)
 {
-    uint64_t now = run_now_ns();
+    uint64_t now = clock_now_ns();
     uint64_t cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID);
     int64_t budget = (int64_t)vm->budget_ns;
 
@@ -295,7 +287,7 @@ static void end_pass(struct memd_vm *vm)
         vm->interval_ms *= 2;
     if (vm->interval_ms > vm->revisit_ms)
         vm->interval_ms = vm->revisit_ms ? vm->revisit_ms : 1;
-    vm->next_pass_ns = run_now_ns() + vm->interval_ms * 1000000ULL;
+    vm->next_pass_ns = clock_now_ns() + vm->interval_ms * 1000000ULL;
     if (is_worth_counting(vm, busy))
         count_vmas(vm);
     session_drop_again(vm);
@@ -317,14 +309,14 @@ static enum scan_result scan_slice(struct scanner *scanner, uint64_t start)
 
     do
         result = scan_step(scanner);
-    while (result == SCAN_MORE && run_now_ns() - start < SLICE_NS);
+    while (result == SCAN_MORE && clock_now_ns() - start < SLICE_NS);
     return result;
 }
 
 /* A slice of the scan, if it is time. Returns how long nothing is to be done. */
 static uint64_t scan_turn(struct memd_vm *vm)
 {
-    uint64_t now = run_now_ns();
+    uint64_t now = clock_now_ns();
     uint64_t wait;
 
     if (!vm->in_pass && now < vm->next_pass_ns)
@@ -365,7 +357,7 @@ static void turn(struct memd_vm *vm)
 
     __atomic_store_n(&vm->in_turn, 1, __ATOMIC_SEQ_CST);
     done = session_turn(vm);
-    if (vm->rpc.fd < 0 && !vm->detached && run_now_ns() >= vm->next_connect_ns)
+    if (vm->rpc.fd < 0 && !vm->detached && clock_now_ns() >= vm->next_connect_ns)
         session_open(vm);
     wait = scan_turn(vm);
     freeze_empty(&vm->ram);

@@ -61,7 +61,7 @@ bool session_put(struct memd_vm *vm, uint32_t op, uint32_t page, uint64_t arg)
     uint32_t waits = 0;
 
     while (vm->rpc.fd >= 0 && !rpc_put(&vm->rpc, op, page, arg)) {
-        uint64_t now = run_now_ns();
+        uint64_t now = clock_now_ns();
         if (!give_up)
             give_up = now + PUT_PATIENCE_NS;
         if (now >= give_up || __atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE)) {
@@ -94,7 +94,7 @@ void session_wait(struct memd_vm *vm, uint64_t ns)
  * the connection up before it loses one (the next connection says everything anew). */
 static void send_surely(struct memd_vm *vm, const void *message, uint32_t bytes, int fd)
 {
-    uint64_t give_up = run_now_ns() + PUT_PATIENCE_NS;
+    uint64_t give_up = clock_now_ns() + PUT_PATIENCE_NS;
     int r = -EPIPE;
 
     while (vm->rpc.fd >= 0) {
@@ -104,7 +104,7 @@ static void send_surely(struct memd_vm *vm, const void *message, uint32_t bytes,
         /* ETOOMANYREFS: memd has not yet taken the descriptors that were sent before. */
         if (r != -EAGAIN && r != -ETOOMANYREFS && r != -EINTR && r != -ENOBUFS)
             break;
-        if (run_now_ns() >= give_up || __atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE))
+        if (clock_now_ns() >= give_up || __atomic_load_n(&vm->stop, __ATOMIC_ACQUIRE))
             break;
         sys_call5(SYS_ppoll, r == -EAGAIN ? &polled : NULL, r == -EAGAIN, &moment, NULL, 8);
     }
@@ -275,7 +275,7 @@ int session_open(struct memd_vm *vm)
     int dev = -1;
     int r;
 
-    vm->next_connect_ns = run_now_ns() + CONNECT_RETRY_NS;
+    vm->next_connect_ns = clock_now_ns() + CONNECT_RETRY_NS;
     fill_hello(vm, &hello);
     r = rpc_greet(&vm->rpc, vm->socket, &hello, &welcome, &dev, words);
     if (r < 0) {
@@ -642,7 +642,7 @@ static void take_merge(struct memd_vm *vm, const struct ring_entry *entry)
     if (vm->rpc.fd < 0)
         return;
     vm->merges[vm->merge_count++] = *entry;
-    vm->merges_at_ns = run_now_ns();
+    vm->merges_at_ns = clock_now_ns();
 }
 
 static void take_entry(struct memd_vm *vm, const struct ring_entry *entry)
@@ -671,7 +671,7 @@ static uint32_t take_entries(struct memd_vm *vm)
         take_entry(vm, &entry);
     }
     if (vm->rpc.fd >= 0 && vm->merge_count > 0)
-        do_merges(vm, taken == 0 && run_now_ns() - vm->merges_at_ns >= REST_NS);
+        do_merges(vm, taken == 0 && clock_now_ns() - vm->merges_at_ns >= REST_NS);
     return taken;
 }
 

@@ -4,7 +4,8 @@
 #include <errno.h>
 #include <stddef.h>
 #include <string.h>
-#include <time.h>
+
+#include "clock.h"
 
 /* A struct that says it is larger than this has not been initialized. */
 #define SIZE_MAX_BELIEVED 4096U
@@ -44,18 +45,10 @@ static void quarantine(struct gate *gate, const char *offence)
         gate->offence = offence;
 }
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
-}
-
 static void check_duration(struct gate *gate, uint64_t begun_ns, uint64_t limit_ns,
                            const char *offence)
 {
-    if (now_ns() - begun_ns > limit_ns)
+    if (clock_now_ns() - begun_ns > limit_ns)
         quarantine(gate, offence);
 }
 
@@ -68,7 +61,7 @@ static bool is_a_range(const void *addr, size_t bytes)
 
 bool gate_may_freeze(struct gate *gate, const void *addr, size_t bytes)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int answer;
 
     if (!gate->ops.pinned)
@@ -86,7 +79,7 @@ bool gate_may_freeze(struct gate *gate, const void *addr, size_t bytes)
 
 int gate_pause(struct gate *gate)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int r;
 
     if (!gate->ops.pause || gate->quarantined)
@@ -105,7 +98,7 @@ int gate_pause(struct gate *gate)
 
 int gate_resume(struct gate *gate)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int r;
 
     if (!gate->paused)
@@ -162,7 +155,7 @@ static int want_paused(const struct gate *gate, bool has_hook)
 
 int gate_save(struct gate *gate, void *into, size_t room, size_t *ret_bytes)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int r = want_paused(gate, gate->ops.save);
     bool failed;
 
@@ -186,7 +179,7 @@ int gate_save(struct gate *gate, void *into, size_t room, size_t *ret_bytes)
 
 int gate_load(struct gate *gate, const void *from, size_t bytes)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int r = want_paused(gate, gate->ops.load);
 
     if (r < 0)
@@ -224,7 +217,7 @@ static bool wrote_too_far(const uint64_t *bitmap, size_t pages)
 
 bool gate_dirty_log(struct gate *gate, const void *addr, size_t bytes, uint64_t *bitmap)
 {
-    uint64_t told[GATE_BITMAP_WORDS + 1] = {0}, begun = now_ns();
+    uint64_t told[GATE_BITMAP_WORDS + 1] = {0}, begun = clock_now_ns();
     size_t pages = bytes / PAGE_BYTES;
     int r = -EINVAL;
 
@@ -253,7 +246,7 @@ bool gate_dirty_log(struct gate *gate, const void *addr, size_t bytes, uint64_t 
 
 bool gate_vouch(struct gate *gate, const void *addr, size_t bytes)
 {
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
     int answer;
 
     if (!gate->ops.vouch || gate->quarantined || gate->vouched || !is_a_range(addr, bytes))
@@ -275,7 +268,7 @@ bool gate_vouch(struct gate *gate, const void *addr, size_t bytes)
 void gate_unvouch(struct gate *gate)
 {
     const void *addr = gate->vouched;
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
 
     if (!addr)
         return;

@@ -64,7 +64,8 @@ struct order_start {
     uint32_t data_port; /* source, takes over: the destination mover's own */
     uint32_t uid, gid;  /* to run as */
     char tls_cert[ORDERS_WORD_BYTES], tls_key[ORDERS_WORD_BYTES], tls_ca[ORDERS_WORD_BYTES];
-    uint32_t has_monitor, unused;
+    uint32_t has_monitor;
+    uint32_t switches; /* MOVER_NO_... (mover_protocol.h) */
 };
 
 struct order_guest {

@@ -39,8 +39,9 @@ static int ask_plain(struct mover *mover, uint32_t what)
 
 static int ask_session(struct mover *mover)
 {
-    struct mover_session message = {.header = {MOVER_SET_SESSION, sizeof(message)},
-                                    .tuning = {.bandwidth = mover->start.bandwidth}};
+    struct mover_session message = {
+        .header = {MOVER_SET_SESSION, sizeof(message)},
+        .tuning = {.bandwidth = mover->start.bandwidth, .switches = mover->start.switches}};
 
     memcpy(message.session, mover->session_id, sizeof(message.session));
     return send_message(mover, &message, sizeof(message), -1);

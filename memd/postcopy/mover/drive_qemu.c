@@ -31,9 +31,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "migrate.h"
 #include "mover_protocol.h"
 
@@ -59,14 +59,6 @@ struct message {
     size_t size;
     int fd; /* -1: none */
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
-}
 
 /* ---- messages ---- */
 
@@ -244,7 +236,7 @@ static void finish_abort(struct drive *drive, struct mover_done *done)
 static bool from_agent(struct drive *drive, struct message *message)
 {
     uint32_t type = message->header.type;
-    uint64_t begun = now_ns();
+    uint64_t begun = clock_now_ns();
 
     if (type == MOVER_HELLO) {
         meet(drive, &message->hello);
@@ -252,7 +244,7 @@ static bool from_agent(struct drive *drive, struct message *message)
             sizeof(message->hello) > message->size ? sizeof(message->hello) : message->size;
     } else if (type == MOVER_DONE && message->done.what == MOVER_ABORT && drive->is_aborting) {
         finish_abort(drive, &message->done);
-        message->done.ns += now_ns() - begun;
+        message->done.ns += clock_now_ns() - begun;
     }
     return send_on(drive->mover, message);
 }

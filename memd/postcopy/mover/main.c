@@ -104,7 +104,7 @@ int main(int argc, char **argv)
     }
     signal(SIGPIPE, SIG_IGN);
     connect_init(&mover);
-    mover.began_ns = mover.now_ns = mover_clock();
+    mover.began_ns = mover.now_ns = clock_now_ns();
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         int result = parts[i].start(&mover);
 

@@ -18,14 +18,6 @@
 #define LINGER_NS    (1 * NS_PER_S)
 #define WAIT_MOST_MS 50 /* heartbeats are due each 100 ms */
 
-uint64_t mover_clock(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
-}
-
 void mover_say_why(struct mover *mover, const char *format, ...)
 {
     va_list arguments;
@@ -240,7 +232,7 @@ static int wait_for_news(struct mover *mover)
     nfds_t count = fill_polls(mover, polls);
     int result = poll(polls, count, WAIT_MOST_MS);
 
-    mover->now_ns = mover_clock();
+    mover->now_ns = clock_now_ns();
     return result < 0 && errno != EINTR ? -errno : 0;
 }
 

@@ -14,6 +14,7 @@
 
 #include <netinet/in.h>
 
+#include "clock.h"
 #include "link.h"
 #include "mover_protocol.h"
 #include "orders.h"
@@ -37,7 +38,8 @@ struct mover {
     struct session_event waiting[16];
     uint32_t waiting_count;
     bool in_event;
-    uint64_t now_ns, began_ns;
+    uint64_t now_ns; /* the clock is read once a turn */
+    uint64_t began_ns;
     bool forget;                 /* memd has noted the outcome */
     char words[PEER_TEXT_BYTES]; /* what went wrong, for people */
 
@@ -87,8 +89,6 @@ struct mover {
     uint64_t past_bytes; /* of connections that have ended, both directions */
 };
 
-/* CLOCK_MONOTONIC; in turns it is read once, as now_ns. */
-uint64_t mover_clock(void);
 /* Turns until memd has noted how it ended. 0, or -errno when polling fails. */
 int mover_run(struct mover *mover);
 

@@ -15,8 +15,17 @@ AT_REST = {"sharing": {"revisit_s": 10, "cpu_percent": 50}}  # memd's own defaul
 class MemdPair(Pair):
     name = "memd"
     options = {"postcopy_only": True}
+    without = None  # one of MEMD_MOVER_WITHOUT (memd-mover(8))
 
     def open(self):
+        if self.without:
+            os.environ["MEMD_MOVER_WITHOUT"] = self.without
+        try:
+            self._open()
+        finally:
+            os.environ.pop("MEMD_MOVER_WITHOUT", None)
+
+    def _open(self):
         self._port = free_port()
         self._there = Lab(network=None)
         pin = f"taskset -c {1 % os.cpu_count()}" if self.pinned else ""
@@ -75,3 +84,8 @@ class MemdPair(Pair):
 
     def end(self):
         self._there.close()
+
+
+def without(what):
+    """memd as it would be without one of the things that make it fast."""
+    return type(f"MemdWithout{what.title()}", (MemdPair,), {"name": f"memd without {what}", "without": what})
