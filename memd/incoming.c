@@ -133,6 +133,13 @@ int incoming_start(struct daemon *daemon, const char *name, struct guest **ret_g
         snprintf(words, words_bytes, "%s", why);
         return -EPERM;
     }
+    if (access(configured->incoming[0], X_OK)) {
+        result = -errno;
+        log_error("[guest %s] incoming: %s: %s", name, configured->incoming[0], strerror(-result));
+        snprintf(words, words_bytes, "the VMM of its [guest] section can't be started: %s",
+                 strerror(-result));
+        return result;
+    }
     if (pipe2(go, O_CLOEXEC))
         return -errno;
     pid = fork();

@@ -39,6 +39,7 @@
 #define RETRY_NS     (200 * NS_PER_MS)
 #define TRIES_MOST   5U
 #define DEATHS_MOST  20U
+#define UNTOLD_MOST  3U /* deaths of movers that never said a word: nothing has begun */
 
 static const char *const stage_names[ORDER_STAGE_COUNT] = {"prepare", "precopy", "switch",
                                                            "postcopy", "done"};
@@ -321,6 +322,7 @@ void migration_heard_status(struct migration *migration, const struct order_stat
                    migration->peer);
     migration->deaths = 0;
     migration->status = *status;
+    migration->untold = false;
     add_what_was_before(migration);
     note_route(migration, status);
     migration->got_far |= status->data_port != 0;
@@ -474,6 +476,10 @@ void migration_lost_mover(struct migration *migration)
         fail(migration, "its mover has died");
         return;
     }
+    if (migration->untold && ++migration->deaths >= UNTOLD_MOST) {
+        fail(migration, "no mover stays alive; look at memd's log");
+        return;
+    }
     if (++migration->deaths > DEATHS_MOST)
         log_error("guest '%s': no mover stays alive; trying on", migration->start.name);
     loop_timer_set(&daemon->loop, &migration->retry,
@@ -542,11 +548,14 @@ int migration_begin(struct guest *guest, const struct migration_request *request
     if (result)
         snprintf(words, words_bytes, "'%s' is not HOST:PORT", request->to);
     else if ((result = mover_process_start(migration, -1)))
-        snprintf(words, words_bytes, "its mover can't be started: %s", strerror(-result));
+        snprintf(words, words_bytes, "its mover can't be started: %s",
+                 result == -ENOEXEC ? "memd-mover is not installed (memd's log says where)"
+                                    : strerror(-result));
     if (result) {
         forget(migration);
         return result;
     }
+    migration->untold = true;
     forget_old(daemon, migration);
     save(daemon);
     log_notice("guest '%s': it moves to %s", guest->name, migration->peer);
@@ -570,7 +579,7 @@ int migration_cancel(struct daemon *daemon, const char *name, char *words, size_
     }
     migration->called_off = true;
     mover_process_say(migration, ORDER_CANCEL);
-    if (migration->again) {
+    if (migration->again || (migration->untold && migration->deaths)) {
         migration->status.outcome = ORDER_CANCELLED;
         come_to_an_end(migration);
     }

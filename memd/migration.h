@@ -51,6 +51,7 @@ struct migration {
     struct loop_watch death, orders;
     struct loop_timer retry; /* a mover is to be started, or looked for */
     uint32_t deaths;         /* movers that died one after the other */
+    bool untold;             /* it began here, and none of its movers has said a word yet */
 
     /* destination: the guest's VMM is being started */
     struct loop_timer arrival;

@@ -293,20 +293,22 @@ static void schedule(pid_t pid)
     (void)sched_setscheduler(pid, SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
 }
 
-/* Beside memd, as in a build directory, or where it was installed. */
+/* Beside memd, as in a build directory; where an installation has it from there; or where this one
+ * was to be installed. NULL: in none of these. */
 static const char *program(char *into, size_t bytes)
 {
-    ssize_t length = readlink("/proc/self/exe", into, bytes - 16);
+    static const char *const places[] = {"memd-mover", "../libexec/memd/memd-mover"};
+    ssize_t length = readlink("/proc/self/exe", into, bytes - 64);
     char *slash;
 
     into[length > 0 ? length : 0] = '\0';
     slash = strrchr(into, '/');
-    if (slash) {
-        strcpy(slash + 1, "memd-mover");
+    for (size_t i = 0; slash && i < sizeof(places) / sizeof(places[0]); i++) {
+        strcpy(slash + 1, places[i]);
         if (access(into, X_OK) == 0)
             return into;
     }
-    return MEMD_MOVER_INSTALLED;
+    return access(MEMD_MOVER_INSTALLED, X_OK) == 0 ? MEMD_MOVER_INSTALLED : NULL;
 }
 
 static pid_t spawn(int orders)
@@ -315,8 +317,13 @@ static pid_t spawn(int orders)
     char *argv[] = {"memd-mover", NULL}, *environment[] = {NULL};
     const char *what = program(path, sizeof(path));
     sigset_t none;
-    pid_t pid = fork();
+    pid_t pid;
 
+    if (!what) {
+        log_error("memd-mover is neither beside memd nor in %s: install it", MEMD_MOVER_INSTALLED);
+        return -ENOEXEC;
+    }
+    pid = fork();
     if (pid)
         return pid < 0 ? -errno : pid;
     sigemptyset(&none);

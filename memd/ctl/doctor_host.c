@@ -161,5 +161,5 @@ void ctl_doctor_memd(const struct ctl_arguments *arguments, struct finding *ret_
     ctl_finding_set(ret_finding, reachable ? FINDING_OK : FINDING_NOTE, "%s at %s",
                     reachable ? "answers" : "does not answer", arguments->socket);
     ret_finding->cost = "nothing is shared until it runs";
-    ret_finding->mend = "systemctl start memd (or: memd --config /etc/memd/memd.conf)";
+    ret_finding->mend = "systemctl start memd (or: memd)";
 }

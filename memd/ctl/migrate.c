@@ -4,6 +4,7 @@
  * What moves it are memd and its movers: to end this command, or memd, ends nothing.
  */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -59,6 +60,16 @@ static enum ctl_status make_body(const struct ctl_arguments *arguments, json_t *
     return CTL_DONE;
 }
 
+/* memd looks again, and more closely. */
+static bool is_address(const char *text)
+{
+    const char *colon = strrchr(text, ':');
+    char *end = NULL;
+    unsigned long port = colon ? strtoul(colon + 1, &end, 10) : 0;
+
+    return colon && colon != text && port >= 1 && port <= 65535 && *end == '\0';
+}
+
 static bool operands_fit(const struct ctl_arguments *arguments)
 {
     bool cancels = arguments->value[MIGRATE_CANCEL];
@@ -73,6 +84,10 @@ static bool operands_fit(const struct ctl_arguments *arguments)
         ctl_say("migrate: --cancel goes with no other option");
     else if (!cancels && arguments->operand_count != 2)
         ctl_say("migrate: where to? Give HOST:PORT");
+    else if (!cancels && !is_address(arguments->operands[1]))
+        ctl_say("migrate: '%s' is not HOST:PORT, with a port from 1 to 65535 (and brackets around "
+                "an IPv6 HOST)",
+                arguments->operands[1]);
     else if (precopy && postcopy)
         ctl_say("migrate: --precopy-only or --postcopy-only?");
     else

@@ -126,6 +126,22 @@ Test(ctl_migrate, source_goes_and_comes_back)
     close(fd);
 }
 
+Test(ctl_migrate, source_that_is_not_finalized_yet_runs_when_it_is)
+{
+    int fd = memfd_create("state", MFD_CLOEXEC);
+
+    start("running",
+          ODD("cont", "{\"error\": {\"class\": \"GenericError\", \"desc\": \"Migration is not "
+                      "finalized yet\"}}\n"));
+    scripted_qemu.until = "cont";
+    cr_assert(qemu_migrate_stop(vm) == 0, "%s", qemu_migrate_why(vm));
+    cr_assert(qemu_migrate_save(vm, fd) == 0, "%s", qemu_migrate_why(vm));
+    cr_assert(qemu_migrate_resume(vm) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect_str_eq(scripted_qemu.status, "running");
+    stop();
+    close(fd);
+}
+
 static void expect_save(const struct scripted_answer *odd, size_t odd_count, int error,
                         const char *words)
 {

@@ -38,6 +38,7 @@
 
 #define COMMAND_MS  5000  /* a monitor answers in a millisecond; a busy host takes longer */
 #define TRANSFER_MS 30000 /* 0.3 MB take 10 ms, 64 MB of video memory on a busy host a second */
+#define FINALIZE_MS 5000  /* it is done within milliseconds; a busy host takes longer */
 #define FD_NAME     "memd-state"
 #define PATH_CHARS  108
 #define WHY_CHARS   320
@@ -507,13 +508,26 @@ static int end_transfer(struct qemu_migrate *vm)
     return r;
 }
 
+/* QEMU says that a migration has ended some moments before it lets the guest run ("Migration is not
+ * finalized yet"). */
+static int let_run(struct qemu_migrate *vm)
+{
+    static const struct timespec moment = {.tv_nsec = 5000000};
+    int64_t deadline_ms = now_ms() + FINALIZE_MS;
+    int r;
+
+    while ((r = run(vm, "cont", NULL, NULL)) == -EREMOTEIO && now_ms() < deadline_ms)
+        nanosleep(&moment, NULL);
+    return r;
+}
+
 int qemu_migrate_resume(struct qemu_migrate *vm)
 {
     int r = end_transfer(vm);
 
     vm->stopped = false;
     if (r == 0)
-        r = run(vm, "cont", NULL, NULL);
+        r = let_run(vm);
     if (r == 0)
         qemu_migrate_unprepare(vm);
     return r;
@@ -540,7 +554,7 @@ int qemu_migrate_load(struct qemu_migrate *vm, int fd)
 
 int qemu_migrate_run(struct qemu_migrate *vm)
 {
-    int r = run(vm, "cont", NULL, NULL);
+    int r = let_run(vm);
 
     if (r == 0)
         qemu_migrate_unprepare(vm);
@@ -554,7 +568,7 @@ int qemu_migrate_quit(struct qemu_migrate *vm)
     int r = run(vm, "quit", NULL, NULL);
 
     disconnect(vm);
-    return r == -ECONNRESET ? 0 : r;
+    return r == -ECONNRESET || r == -EPIPE ? 0 : r;
 }
 
 int qemu_migrate_open(const char *qmp_path, struct qemu_migrate **ret_vm)

@@ -135,7 +135,9 @@ const char *talk_compare(const struct mover *mover)
     static char why[PEER_TEXT_BYTES];
 
     if (mover->region_count != mover->peer.region_count) {
-        snprintf(why, sizeof(why), "the guest has %u blocks of RAM, the VMM here has %u",
+        snprintf(why, sizeof(why),
+                 "the guest has %u blocks of RAM, the VMM that was started for it has %u: it must "
+                 "be the same machine, with the same devices",
                  mover->peer.region_count, mover->region_count);
         return why;
     }
