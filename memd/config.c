@@ -125,7 +125,7 @@ static bool name_is_good(struct parse *parse, const char *section)
 
     if (!domain && !guest)
         fail(parse, "there is no section [%s]; memd.conf(5) lists them", section);
-    else if (!config_name_is_good(domain ? domain : guest))
+    else if (!words_are_name(domain ? domain : guest))
         fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63", section);
     else if (domain && !domain_of(parse, domain))
         fail(parse, "out of memory");
@@ -200,46 +200,6 @@ static bool parse_decimal(const char *word, double least, double most, double *r
     return true;
 }
 
-bool config_address_split(const char *word, char *host, size_t host_bytes, uint16_t *ret_port)
-{
-    const char *colon = strrchr(word, ':');
-    unsigned long port;
-    size_t length;
-    char *end;
-
-    if (!colon || colon == word || !isdigit((unsigned char)colon[1]))
-        return false;
-    port = strtoul(colon + 1, &end, 10);
-    length = (size_t)(colon - word);
-    if (word[0] == '[') {
-        if (colon[-1] != ']' || length < 3)
-            return false;
-        word++;
-        length -= 2;
-    } else if (memchr(word, ':', length)) {
-        return false;
-    }
-    if (*end || port > UINT16_MAX || length >= host_bytes)
-        return false;
-    memcpy(host, word, length);
-    host[length] = '\0';
-    *ret_port = (uint16_t)port;
-    return true;
-}
-
-bool config_name_is_good(const char *name)
-{
-    size_t length = strlen(name);
-
-    if (length == 0 || length >= NAME_BYTES || !isalnum((unsigned char)name[0]))
-        return false;
-    for (size_t i = 0; i < length; i++) {
-        if (!isascii(name[i]) || (!isalnum((unsigned char)name[i]) && !strchr("._-", name[i])))
-            return false;
-    }
-    return true;
-}
-
 static int set_word(struct parse *parse, const struct key *key, const char *value)
 {
     char host[CONFIG_WORD_BYTES];
@@ -249,7 +209,7 @@ static int set_word(struct parse *parse, const struct key *key, const char *valu
         return fail(parse, "%s is too long: at most %zu characters", key->name, key->bytes - 1);
     if (key->kind == KIND_PATH && value[0] != '/')
         return fail(parse, "%s = %s: give an absolute path", key->name, value);
-    if (key->kind == KIND_ADDRESS && !config_address_split(value, host, sizeof(host), &port))
+    if (key->kind == KIND_ADDRESS && !words_split_address(value, host, sizeof(host), &port))
         return fail(parse, "%s = %s: give HOST:PORT, with brackets around an IPv6 HOST", key->name,
                     value);
     strcpy((char *)&parse->config + key->offset, value);
@@ -543,7 +503,7 @@ static int set_guest(struct parse *parse, const char *name, const char *key, con
         return 1;
     }
     if (strcmp(key, "domain") == 0) {
-        if (guest->has_domain || !config_name_is_good(value))
+        if (guest->has_domain || !words_are_name(value))
             return fail(parse, "domain = %s: give the name of one [domain NAME]", value);
         strcpy(guest->domain, value);
         guest->has_domain = true;
@@ -602,7 +562,7 @@ static int take_line(void *user, const char *cut, const char *name, const char *
     if (strstr(value, " #") || strstr(value, "\t#") || value[0] == '#')
         return fail(parse, "%s: a comment that begins with '#' needs a line of its own", name);
     if (of_domain || of_guest) {
-        if (!config_name_is_good(of_domain ? of_domain : of_guest))
+        if (!words_are_name(of_domain ? of_domain : of_guest))
             return fail(parse, "[%s]: names are letters, digits, '.', '_' and '-', at most 63",
                         section);
         return of_domain ? set_domain(parse, of_domain, name, value)

@@ -14,7 +14,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define NAME_BYTES         64 /* of a guest or a domain, with its end mark */
+#include "words.h"
+
 #define CONFIG_WORD_BYTES  256
 #define CONFIG_ERROR_BYTES 600
 
@@ -99,13 +100,7 @@ const struct config_domain *config_domain_find(const struct config *config, cons
 const struct config_guest *config_guest_find(const struct config *config, const char *name);
 bool config_domain_admits(const struct config_domain *domain, uid_t uid);
 
-/* [A-Za-z0-9][A-Za-z0-9._-]{0,62} */
-bool config_name_is_good(const char *name);
-
 /* "512M", "1.5G" is refused, "4096": whole numbers with K, M, G or T (powers of 1024). */
 bool config_size_parse(const char *word, uint64_t *ret_bytes);
-
-/* HOST:PORT or [HOST]:PORT cut in two; false when it is neither. */
-bool config_address_split(const char *word, char *host, size_t host_bytes, uint16_t *ret_port);
 
 #endif

@@ -255,7 +255,7 @@ static bool read_wish_member(const char *key, const json_t *value, void *into, b
         wish->has_shares = *ret_good = json_is_integer(value) && shares > 0 && shares <= 1000000;
         wish->shares = (uint32_t)shares;
     } else if (strcmp(key, "domain") == 0) {
-        wish->has_domain = *ret_good = domain && (!domain[0] || config_name_is_good(domain));
+        wish->has_domain = *ret_good = domain && (!domain[0] || words_are_name(domain));
         if (*ret_good)
             strcpy(wish->domain, domain);
     } else {
@@ -283,7 +283,7 @@ static bool read_request_member(const char *key, const json_t *value, void *into
         return true;
     if (strcmp(key, "name") == 0) {
         *ret_good =
-            word && config_name_is_good(word) && copy_word(value, asked->name, sizeof(asked->name));
+            word && words_are_name(word) && copy_word(value, asked->name, sizeof(asked->name));
     } else if (strcmp(key, "pid") == 0) {
         *ret_good = json_is_integer(value) && json_integer_value(value) > 0 &&
                     json_integer_value(value) <= INT32_MAX;
@@ -360,10 +360,8 @@ static int read_registration(const struct request *request, struct guest_request
 
 static int read_wish(const struct request *request, struct guest_wish *wish, char *words)
 {
-    int result = read_members(request, read_wish_member, wish,
-                              "can't be set; max_bytes, min_bytes, shares and domain can", words);
-
-    return result;
+    return read_members(request, read_wish_member, wish,
+                        "can't be set; max_bytes, min_bytes, shares and domain can", words);
 }
 
 /* ---- the handlers ---- */
@@ -527,12 +525,9 @@ void control_detached(struct daemon *daemon, const char *name, bool done)
 static bool read_migration_member(const char *key, const json_t *value, void *into, bool *ret_good)
 {
     struct migration_request *asked = into;
-    char host[CONFIG_WORD_BYTES];
-    uint16_t port;
 
     if (strcmp(key, "to") == 0) {
-        *ret_good = copy_word(value, asked->to, sizeof(asked->to)) &&
-                    config_address_split(asked->to, host, sizeof(host), &port) && port > 0;
+        *ret_good = copy_word(value, asked->to, sizeof(asked->to)) && asked->to[0];
     } else if (strcmp(key, "precopy_only") == 0) {
         *ret_good = json_is_boolean(value);
         asked->precopy_only = json_is_true(value);
@@ -700,7 +695,7 @@ static bool path_fits(const struct route *route, const char *url, char *ret_name
         strcmp(url + length + rest - tail, route->tail) != 0)
         return false;
     snprintf(name, sizeof(name), "%.*s", (int)(rest - tail), url + length);
-    if (!config_name_is_good(name))
+    if (!words_are_name(name))
         return false;
     strcpy(ret_name, name);
     return true;
@@ -1086,7 +1081,7 @@ int control_listen_tcp(const char *where)
     int fd = -1, on = 1, result = -EADDRNOTAVAIL;
     uint16_t port;
 
-    if (!config_address_split(where, host, sizeof(host), &port))
+    if (!words_split_address(where, host, sizeof(host), &port))
         return -EINVAL;
     snprintf(port_text, sizeof(port_text), "%u", port);
     if (getaddrinfo(host, port_text, &hints, &found))

@@ -449,6 +449,10 @@ static void retry(struct loop_timer *timer)
         result = start_afresh(migration);
     else
         result = guest->session ? mover_process_start(migration, -1) : -ENOTCONN;
+    if (result && result != migration->no_mover && result != -ENOTCONN)
+        log_error("guest '%s': no mover can be started: %s; trying on", guest->name,
+                  mover_process_why(result));
+    migration->no_mover = result;
     if (result)
         loop_timer_set(&daemon->loop, timer, RETRY_NS);
     else
@@ -526,7 +530,7 @@ static int prepare(struct migration *migration, const struct guest *guest,
     start->precopy_only = request->precopy_only;
     start->postcopy_only = request->postcopy_only;
     start->bandwidth = request->bandwidth_bytes;
-    if (!config_address_split(request->to, start->host, sizeof(start->host), &port) || port == 0)
+    if (!words_split_address(request->to, start->host, sizeof(start->host), &port) || port == 0)
         return -EINVAL;
     start->port = port;
     return host_random(start->session, sizeof(start->session));
@@ -546,11 +550,10 @@ int migration_begin(struct guest *guest, const struct migration_request *request
         return -ENOMEM;
     result = prepare(migration, guest, request);
     if (result)
-        snprintf(words, words_bytes, "'%s' is not HOST:PORT", request->to);
+        snprintf(words, words_bytes, "'%s' is not HOST:PORT, with a port from 1 to 65535",
+                 request->to);
     else if ((result = mover_process_start(migration, -1)))
-        snprintf(words, words_bytes, "its mover can't be started: %s",
-                 result == -ENOEXEC ? "memd-mover is not installed (memd's log says where)"
-                                    : strerror(-result));
+        snprintf(words, words_bytes, "its mover can't be started: %s", mover_process_why(result));
     if (result) {
         forget(migration);
         return result;
@@ -610,8 +613,7 @@ static void take_peer(struct daemon *daemon, int fd, const struct sockaddr_stora
     result = mover_process_start(migration, fd);
     if (result) {
         log_error("a mover for %s can't be started: %s", migration->peer,
-                  result == -EADDRINUSE ? "all of [migration] ports are in use"
-                                        : strerror(-result));
+                  mover_process_why(result));
         forget(migration);
     }
 }
@@ -761,7 +763,7 @@ static bool read_record(const json_t *json, struct migration *migration)
             "socket", &socket, "pid", &pid, "start_time", &start_time, "host", &host, "port", &port,
             "data_port", &data_port, "listen_port", &listen_port, "bandwidth", &bandwidth,
             "precopy_only", &precopy_only, "began", &began, "outcome", &outcome) ||
-        !config_name_is_good(name) || strlen(socket) >= sizeof(migration->socket) ||
+        !words_are_name(name) || strlen(socket) >= sizeof(migration->socket) ||
         strchr(socket, '/') || strlen(peer) >= sizeof(migration->peer) ||
         strlen(host) >= sizeof(start->host) ||
         !unhex(session, start->session, sizeof(start->session)))

@@ -51,6 +51,7 @@ struct migration {
     struct loop_watch death, orders;
     struct loop_timer retry; /* a mover is to be started, or looked for */
     uint32_t deaths;         /* movers that died one after the other */
+    int no_mover;            /* why none could be started when that was last tried */
     bool untold;             /* it began here, and none of its movers has said a word yet */
 
     /* destination: the guest's VMM is being started */
@@ -94,8 +95,10 @@ json_t *migration_status(const struct daemon *daemon, const char *name);
 
 /* ---- mover_process.c ---- */
 
-/* Starts its mover and gives it START. Owns first (the peer's connection, or -1). */
+/* Starts its mover and gives it START. Owns first (the peer's connection, or -1). A result below 0
+ * is told by mover_process_why(). */
 int mover_process_start(struct migration *migration, int first);
+const char *mover_process_why(int result);
 /* Looks for the mover of an earlier memd. -ECONNREFUSED: it is gone. */
 int mover_process_find(struct migration *migration);
 void mover_process_say(struct migration *migration, uint32_t order);

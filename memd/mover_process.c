@@ -183,7 +183,7 @@ static bool take(struct migration *migration, const uint8_t *message, size_t byt
     }
     if (header.type == ORDER_NEED_GUEST && bytes == sizeof(need)) {
         memcpy(&need, message, sizeof(need));
-        if (!is_text(need.name, sizeof(need.name)) || !config_name_is_good(need.name))
+        if (!is_text(need.name, sizeof(need.name)) || !words_are_name(need.name))
             return false;
         migration_heard_need(migration, &need);
         return true;
@@ -319,10 +319,8 @@ static pid_t spawn(int orders)
     sigset_t none;
     pid_t pid;
 
-    if (!what) {
-        log_error("memd-mover is neither beside memd nor in %s: install it", MEMD_MOVER_INSTALLED);
+    if (!what)
         return -ENOEXEC;
-    }
     pid = fork();
     if (pid)
         return pid < 0 ? -errno : pid;
@@ -358,6 +356,8 @@ static uint32_t switches(void)
         if (strcmp(without, known[i].word) == 0)
             return known[i].is;
     }
+    if (without)
+        log_warning("MEMD_MOVER_WITHOUT=%s: locality, urgent, pipelining or sharing", without);
     return 0;
 }
 
@@ -447,6 +447,13 @@ int mover_process_start(struct migration *migration, int first)
     if (first >= 0)
         close(first);
     return result;
+}
+
+const char *mover_process_why(int result)
+{
+    if (result == -ENOEXEC)
+        return "memd-mover is neither beside memd nor is it " MEMD_MOVER_INSTALLED ": install it";
+    return result == -EADDRINUSE ? "all of [migration] ports are in use" : strerror(-result);
 }
 
 int mover_process_find(struct migration *migration)

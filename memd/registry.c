@@ -686,7 +686,7 @@ static void restore(struct daemon *daemon, json_t *json)
     if (json_unpack(json, "{s:s,s:s,s:I,s:I,s:I,s:s,s:s,s:s,s:s,s:b}", "name", &name, "token",
                     &token, "uid", &uid, "pid", &pid, "start_time", &start_time, "vmm", &vmm, "qmp",
                     &qmp, "engine", &engine, "reason", &reason, "waiting", &waiting) ||
-        !config_name_is_good(name) || strlen(token) != PROTOCOL_TOKEN_BYTES)
+        !words_are_name(name) || strlen(token) != PROTOCOL_TOKEN_BYTES)
         return;
     guest = new_guest(daemon, name);
     if (guest) {

@@ -12,6 +12,7 @@
 #include <jansson.h>
 
 #include "units.h"
+#include "words.h"
 
 enum ctl_status {
     CTL_DONE = 0,
@@ -136,8 +137,6 @@ int ctl_value_size(const char *text, uint64_t *ret_bytes);
 /* A whole number from 1 to `most`. -EINVAL or -ERANGE. */
 int ctl_value_number(const char *text, uint64_t most, uint64_t *ret_number);
 
-/* True for a name that a guest may have. */
-bool ctl_value_is_guest_name(const char *text);
 /* The same, with words when it is none. */
 bool ctl_value_check_guest_name(const char *text);
 

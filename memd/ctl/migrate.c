@@ -60,14 +60,12 @@ static enum ctl_status make_body(const struct ctl_arguments *arguments, json_t *
     return CTL_DONE;
 }
 
-/* memd looks again, and more closely. */
-static bool is_address(const char *text)
+static bool is_destination(const char *text)
 {
-    const char *colon = strrchr(text, ':');
-    char *end = NULL;
-    unsigned long port = colon ? strtoul(colon + 1, &end, 10) : 0;
+    char host[512];
+    uint16_t port;
 
-    return colon && colon != text && port >= 1 && port <= 65535 && *end == '\0';
+    return words_split_address(text, host, sizeof(host), &port) && port > 0;
 }
 
 static bool operands_fit(const struct ctl_arguments *arguments)
@@ -76,7 +74,7 @@ static bool operands_fit(const struct ctl_arguments *arguments)
     bool precopy = arguments->value[MIGRATE_PRECOPY_ONLY];
     bool postcopy = arguments->value[MIGRATE_POSTCOPY_ONLY];
 
-    if (!ctl_value_is_guest_name(arguments->operands[0])) {
+    if (!words_are_name(arguments->operands[0])) {
         ctl_say("'%s' is no guest's name", arguments->operands[0]);
         return false;
     }
@@ -84,7 +82,7 @@ static bool operands_fit(const struct ctl_arguments *arguments)
         ctl_say("migrate: --cancel goes with no other option");
     else if (!cancels && arguments->operand_count != 2)
         ctl_say("migrate: where to? Give HOST:PORT");
-    else if (!cancels && !is_address(arguments->operands[1]))
+    else if (!cancels && !is_destination(arguments->operands[1]))
         ctl_say("migrate: '%s' is not HOST:PORT, with a port from 1 to 65535 (and brackets around "
                 "an IPv6 HOST)",
                 arguments->operands[1]);

@@ -109,7 +109,7 @@ static enum ctl_status read_options(struct run *run)
     }
     if (!ctl_value_check_guest_name(name))
         return CTL_USAGE;
-    if (domain && *domain && !ctl_value_is_guest_name(domain)) {
+    if (domain && *domain && !words_are_name(domain)) {
         ctl_say("--domain: '%s' is no name for a domain", domain);
         return CTL_USAGE;
     }

@@ -37,7 +37,7 @@ static json_t *read_value(const struct setting *setting, const char *text)
     int error;
 
     if (setting->kind == SETTING_NAME)
-        return !*text || ctl_value_is_guest_name(text) ? json_string(text) : NULL;
+        return !*text || words_are_name(text) ? json_string(text) : NULL;
     if (setting->kind == SETTING_SIZE)
         error = ctl_value_size(text, &number);
     else

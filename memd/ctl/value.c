@@ -8,8 +8,6 @@
 
 #include "ctl.h"
 
-#define GUEST_NAME_CHARS 63
-
 /* The power of two of a suffix, or -EINVAL. */
 static int suffix_shift(const char *suffix)
 {
@@ -68,20 +66,10 @@ int ctl_value_number(const char *text, uint64_t most, uint64_t *ret_number)
 
 bool ctl_value_check_guest_name(const char *text)
 {
-    if (ctl_value_is_guest_name(text))
+    if (words_are_name(text))
         return true;
     ctl_say("'%s' is no name for a guest: up to 63 letters, digits and . _ -, the first one a "
             "letter or a digit",
             text);
     return false;
-}
-
-bool ctl_value_is_guest_name(const char *text)
-{
-    static const char allowed[] =
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
-    size_t length = strlen(text);
-
-    return length >= 1 && length <= GUEST_NAME_CHARS && !strchr("._-", text[0]) &&
-           strspn(text, allowed) == length;
 }

@@ -23,7 +23,7 @@
 
 #include "fault.h"
 #include "freeze.h"
-#include "merge.h"
+#include "merge_row.h"
 #include "remap.h"
 
 #define PAGES 512U
@@ -90,7 +90,7 @@ static void *freeze_for_ever(void *context)
 
     (void)context;
     while (!__atomic_load_n(&stop, __ATOMIC_ACQUIRE)) {
-        merge_pages(&ram, &segments, block, 0, SLOT(1, 0), run_pages, outcomes, &stats);
+        merge_row(&ram, &segments, block, 0, SLOT(1, 0), run_pages, outcomes, &stats);
         /* As the scanner does between two batches: look at something else. */
         for (uint64_t until = now_ns() + 100000; now_ns() < until;)
             ;

@@ -26,9 +26,9 @@ static void check(const struct config *config)
     FUZZ_REQUIRE(config->cpu_percent > 0 && config->revisit_s > 0 && config->grace_s >= 0);
     FUZZ_REQUIRE(memchr(config->socket, 0, sizeof(config->socket)));
     for (size_t i = 0; i < config->domain_count; i++)
-        FUZZ_REQUIRE(config_name_is_good(config->domains[i].name));
+        FUZZ_REQUIRE(words_are_name(config->domains[i].name));
     for (size_t i = 0; i < config->guest_count; i++)
-        FUZZ_REQUIRE(config_name_is_good(config->guests[i].name));
+        FUZZ_REQUIRE(words_are_name(config->guests[i].name));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)

@@ -69,7 +69,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     hear(fd);
     close(fd);
     for (const struct guest *guest = daemon->registry.first; guest; guest = guest->next)
-        FUZZ_REQUIRE(config_name_is_good(guest->name) &&
+        FUZZ_REQUIRE(words_are_name(guest->name) &&
                      guest->account.min_bytes <= guest->account.max_bytes);
     fuzz_remove_guests();
     return 0;

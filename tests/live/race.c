@@ -38,6 +38,7 @@
 
 #include "discard.h"
 #include "freeze.h"
+#include "merge_row.h"
 #include "race_parts.h"
 
 #define SLOTS 1024U
@@ -187,25 +188,33 @@ static off_t version_offset(uint32_t index, bool other)
     return (off_t)((other ? SLOTS : 0) + index % SLOTS) * (off_t)PAGE_BYTES;
 }
 
+static bool read_both_versions(uint32_t part, uint32_t index, int fd)
+{
+    uint8_t want[PAGE_BYTES];
+
+    for (int other = 1; other >= 0; other--) {
+        if (pread(fd, ram_address(block, index), PAGE_BYTES, version_offset(index, other)) !=
+            (ssize_t)PAGE_BYTES) {
+            fail(part, index, strerror(errno));
+            return false;
+        }
+        fill_version(want, index, other);
+        if (!check(part, index, want, ram_address(block, index)))
+            return false;
+    }
+    return true;
+}
+
 static void *read_directly(void *context)
 {
     int fd = (int)(intptr_t)context;
     uint32_t random = 4711;
-    uint8_t want[PAGE_BYTES];
 
     while (!stopped()) {
         uint32_t i = part_first(PART_DIRECT) + next_random(&random) % PART_PAGES;
         free_captive(i);
-        for (int other = 1; other >= 0; other--) {
-            if (pread(fd, ram_address(block, i), PAGE_BYTES, version_offset(i, other)) !=
-                (ssize_t)PAGE_BYTES) {
-                fail(PART_DIRECT, i, strerror(errno));
-                return NULL;
-            }
-            fill_version(want, i, other);
-            if (!check(PART_DIRECT, i, want, ram_address(block, i)))
-                return NULL;
-        }
+        if (!read_both_versions(PART_DIRECT, i, fd))
+            return NULL;
         shared->rounds[PART_DIRECT]++;
     }
     return NULL;
@@ -439,19 +448,7 @@ static bool write_in_huge(uint32_t first, uint32_t *random)
 
 static bool read_into_huge(uint32_t index)
 {
-    uint8_t want[PAGE_BYTES];
-
-    for (int other = 1; direct_fd >= 0 && other >= 0; other--) {
-        if (pread(direct_fd, ram_address(block, index), PAGE_BYTES, version_offset(index, other)) !=
-            (ssize_t)PAGE_BYTES) {
-            fail(PART_HUGE, index, strerror(errno));
-            return false;
-        }
-        fill_version(want, index, other);
-        if (!check(PART_HUGE, index, want, ram_address(block, index)))
-            return false;
-    }
-    return true;
+    return direct_fd < 0 || read_both_versions(PART_HUGE, index, direct_fd);
 }
 
 static void *work_in_huge_pages(void *context)
@@ -509,8 +506,8 @@ static void merge_huge(uint32_t *random)
     if (no_freeze)
         merge_huge_without_freeze(index, SLOT(1, index % SLOTS));
     else
-        merge_pages(&ram, &segments, block, index, SLOT(1, index % SLOTS), HUGE_PAGES, outcomes,
-                    &stats);
+        merge_row(&ram, &segments, block, index, SLOT(1, index % SLOTS), HUGE_PAGES, outcomes,
+                  &stats);
 }
 
 /* Each content is in the store twice: pages that follow each other need not do so there. */
@@ -525,7 +522,7 @@ static void merge_here_and_there(uint32_t index, uint32_t pages, uint32_t *rando
             copy = SLOTS - copy;
         slots[i] = SLOT(1, copy + (index + i) % SLOTS);
     }
-    merge_scattered(&ram, &segments, block, index, slots, pages, outcomes, &stats);
+    merge_pages(&ram, &segments, block, index, slots, pages, outcomes, &stats);
 }
 
 static void merge_some(uint32_t *random)
@@ -546,7 +543,7 @@ static void merge_some(uint32_t *random)
     else if (next_random(random) % 2)
         merge_here_and_there(index, pages, random);
     else
-        merge_pages(&ram, &segments, block, index, SLOT(1, slot), pages, outcomes, &stats);
+        merge_row(&ram, &segments, block, index, SLOT(1, slot), pages, outcomes, &stats);
 }
 
 /* ---- setting up ---- */

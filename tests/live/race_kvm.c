@@ -34,6 +34,7 @@
 #include "hook.h"
 #include "loader.h"
 #include "machine.h"
+#include "merge_row.h"
 #include "race_parts.h"
 #include "virtio_rng.h"
 
@@ -99,8 +100,8 @@ static void merge_some(uint32_t *random)
     if (wanted.no_freeze)
         merge_without_freeze(region->first + at, SLOT(1, slot), pages);
     else
-        merge_pages(&ram, &segments, block, region->first + at, SLOT(1, slot), pages, outcomes,
-                    &stats);
+        merge_row(&ram, &segments, block, region->first + at, SLOT(1, slot), pages, outcomes,
+                  &stats);
 }
 
 /* A page that the kernel copied before it was protected can't be merged again until it is given up:

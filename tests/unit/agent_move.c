@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "discard.h"
-#include "merge.h"
+#include "merge_row.h"
 #include "remap.h"
 
 static struct move_pair pair;
@@ -613,8 +613,7 @@ static void share_pages(void)
     for (uint32_t i = 0; i < 640; i++)
         move_write(ram_address(block, i), 90000 + i % 64);
     for (uint32_t i = 0; i < 640; i += 64)
-        merge_pages(&pair.from.ram, &pair.from.segments, block, i, SLOT(1, 0), 64, outcomes,
-                    &stats);
+        merge_row(&pair.from.ram, &pair.from.segments, block, i, SLOT(1, 0), 64, outcomes, &stats);
     cr_assert_eq(block->counts[PLACE_SHARED], 640);
 }
 

@@ -20,7 +20,7 @@
 #include "discard.h"
 #include "fault.h"
 #include "freeze.h"
-#include "merge.h"
+#include "merge_row.h"
 #include "procfs.h"
 #include "remap.h"
 #include "uffd.h"
@@ -91,7 +91,7 @@ static void fill_guest(uint32_t index, uint32_t pages, uint32_t first_content)
 
 static void merge(uint32_t index, uint32_t slot_page, uint32_t pages, uint8_t *outcomes)
 {
-    merge_pages(&ram, &segments, block, index, SLOT(1, slot_page), pages, outcomes, &stats);
+    merge_row(&ram, &segments, block, index, SLOT(1, slot_page), pages, outcomes, &stats);
 }
 
 static void assert_sums(void)
@@ -282,7 +282,7 @@ Test(agent_pages, segments_can_be_given_up_one_by_one)
     fill_guest(0, 64, 1000);
     fill_guest(64, 64, 5000);
     merge(0, 0, 64, outcomes);
-    merge_pages(&ram, &segments, block, 64, SLOT(2, 0), 64, outcomes, &stats);
+    merge_row(&ram, &segments, block, 64, SLOT(2, 0), 64, outcomes, &stats);
     lock_take(&block->lock);
     cr_assert_eq(discard_segment(&ram, block, 0, 2), 0);
     lock_release(&block->lock);
@@ -326,7 +326,7 @@ Test(agent_pages, a_run_of_faults_does_not_stick_at_the_end_of_a_vma)
     old->chunks[0].state = CHUNK_ARMED;
     ram_move_places(&ram, old, 200, 8, TRANSITION_POPULATE);
     lock_release(&old->lock);
-    merge_pages(&ram, &segments, old, 200, SLOT(1, 0), 8, outcomes, &stats);
+    merge_row(&ram, &segments, old, 200, SLOT(1, 0), 8, outcomes, &stats);
     cr_assert_eq(outcomes[0], 0);
     lock_take(&old->lock);
     cr_assert_eq(discard_pages(&ram, old, 200, 8, MADV_DONTNEED), 0);
@@ -442,7 +442,7 @@ static void works_below_a_lowered_limit(int resource)
     lock_take(&block->lock);
     cr_assert_eq(discard_pages(&ram, block, 4, 2, MADV_DONTNEED), 0);
     lock_release(&block->lock);
-    merge_pages(&ram, &segments, block, 8, SLOT(1, 8), 8, outcomes, &stats);
+    merge_row(&ram, &segments, block, 8, SLOT(1, 8), 8, outcomes, &stats);
     cr_assert_eq(outcomes[0], NOT_MERGED_BUDGET);
     for (uint32_t i = 0; i < 16; i++)
         if (i == 4 || i == 5)
@@ -601,6 +601,18 @@ Test(agent_pages, breaks_and_discards_in_the_middle_of_runs_leave_mappings_to_th
     assert_sums();
 }
 
+/* A write that may end a share makes as many mappings as were reckoned. */
+static void write_and_count(uint32_t index)
+{
+    uint32_t before = vmas_of_guest();
+    int cost = ram_place(block, index) == PLACE_SHARED ? ram_split_cost(block, index, 1) : 0;
+
+    handler.window = 0; /* no more than this one */
+    handler.last_block = NULL;
+    bytes_touch(&ram_address(block, index)[1]);
+    cr_assert_eq((int)vmas_of_guest() - (int)before, cost, "page %u", index);
+}
+
 Test(agent_pages, what_a_broken_share_costs_in_mappings)
 {
     uint8_t outcomes[64];
@@ -609,15 +621,8 @@ Test(agent_pages, what_a_broken_share_costs_in_mappings)
     fill_guest(600, 1, 1009);
     merge(512, 0, 64, outcomes);
     merge(600, 9, 1, outcomes);
-    for (uint32_t i = 0; i < 300; i++) {
-        uint32_t index = i == 299 ? 600 : 512 + i * 37 % 64;
-        uint32_t before = vmas_of_guest();
-        int cost = ram_place(block, index) == PLACE_SHARED ? ram_split_cost(block, index, 1) : 0;
-        handler.window = 0; /* no more than this one */
-        handler.last_block = NULL;
-        bytes_touch(&ram_address(block, index)[1]);
-        cr_assert_eq((int)vmas_of_guest() - (int)before, cost, "page %u", index);
-    }
+    for (uint32_t i = 0; i < 300; i++)
+        write_and_count(i == 299 ? 600 : 512 + i * 37 % 64);
     assert_sums();
 }
 
@@ -992,20 +997,13 @@ Test(agent_pages, each_run_of_a_scattered_merge_spends_its_mappings)
         slots[i] = SLOT(1, (15 - i / 4) * 4 + i % 4);
         bytes_fill(ram_address(block, 512 + i), 1000 + SLOT_PAGE(slots[i]));
     }
-    merge_scattered(&ram, &segments, block, 512, slots, 64, outcomes, &stats);
+    merge_pages(&ram, &segments, block, 512, slots, 64, outcomes, &stats);
     cr_assert_eq(block->counts[PLACE_SHARED], 64);
     cr_assert_eq(ram.vmas_spent, 32);
     cr_assert_eq(stats.vmas_added, 32);
     cr_assert_leq(vmas_of_guest(), vmas + 32);
-    for (uint32_t i = 0; i < 300; i++) { /* and what they cost when they end */
-        uint32_t index = 512 + i * 37 % 64;
-        uint32_t before = vmas_of_guest();
-        int cost = ram_place(block, index) == PLACE_SHARED ? ram_split_cost(block, index, 1) : 0;
-        handler.window = 0; /* no more than this one */
-        handler.last_block = NULL;
-        bytes_touch(&ram_address(block, index)[1]);
-        cr_assert_eq((int)vmas_of_guest() - (int)before, cost, "page %u", index);
-    }
+    for (uint32_t i = 0; i < 300; i++) /* and what they cost when they end */
+        write_and_count(512 + i * 37 % 64);
     assert_sums();
 }
 
@@ -1019,7 +1017,7 @@ Test(agent_pages, pages_that_follow_each_other_are_merged_wherever_they_are_in_t
         bytes_fill(ram_address(block, 8 + i), 1000 + SLOT_PAGE(slots[i]) + (i == 30));
     }
     slots[35] = SLOT(9, 0); /* there is no such segment */
-    merge_scattered(&ram, &segments, block, 8, slots, 40, outcomes, &stats);
+    merge_pages(&ram, &segments, block, 8, slots, 40, outcomes, &stats);
     for (uint32_t i = 0; i < 40; i++) {
         uint8_t want = i == 30 ? NOT_MERGED_MISMATCH : i == 35 ? NOT_MERGED_REFUSED : 0;
         cr_assert_eq(outcomes[i], want, "page %u: %u", i, outcomes[i]);

@@ -58,16 +58,16 @@ Test(ctl_value, names_that_no_guest_may_have)
 
     memset(name, 'a', sizeof(name));
     name[63] = '\0';
-    cr_expect(ctl_value_is_guest_name(name));
+    cr_expect(words_are_name(name));
     name[63] = 'a';
     name[64] = '\0';
-    cr_expect_not(ctl_value_is_guest_name(name));
-    cr_expect(ctl_value_is_guest_name("9.A_b-c"));
-    cr_expect_not(ctl_value_is_guest_name(""));
-    cr_expect_not(ctl_value_is_guest_name(".a"));
-    cr_expect_not(ctl_value_is_guest_name("a/b"));
-    cr_expect_not(ctl_value_is_guest_name("a b"));
-    cr_expect_not(ctl_value_is_guest_name("a\xc3\xa4"));
+    cr_expect_not(words_are_name(name));
+    cr_expect(words_are_name("9.A_b-c"));
+    cr_expect_not(words_are_name(""));
+    cr_expect_not(words_are_name(".a"));
+    cr_expect_not(words_are_name("a/b"));
+    cr_expect_not(words_are_name("a b"));
+    cr_expect_not(words_are_name("a\xc3\xa4"));
 }
 
 Test(ctl_output, sizes_for_people)

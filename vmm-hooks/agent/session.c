@@ -553,18 +553,15 @@ static void merge_run(struct memd_vm *vm, const struct ring_entry *entries, uint
     } else if (migration_holds(vm) || !run_may_freeze(vm, block, index, pages)) {
         memset(outcomes, NOT_MERGED_REFUSED, pages);
     } else {
-        merge_scattered(&vm->ram, &vm->segments, block, index, slots, pages, outcomes, &vm->merge);
+        merge_pages(&vm->ram, &vm->segments, block, index, slots, pages, outcomes, &vm->merge);
     }
     for (uint32_t i = 0; i < pages; i++)
         report_outcome(vm, block, page + i, slots[i], outcomes[i]);
 }
 
-/* Into slots that follow each other too? */
 static bool follows(const struct ring_entry *entry)
 {
-    uint32_t slot = (uint32_t)entry->arg;
-
-    return slot == (uint32_t)entry[-1].arg + 1 && SLOT_PAGE(slot) > 0;
+    return merge_slot_follows((uint32_t)entry[-1].arg, (uint32_t)entry->arg);
 }
 
 /* Pages that follow each other are merged together; where VMAs are short, or would be before the
@@ -642,7 +639,6 @@ static void take_merge(struct memd_vm *vm, const struct ring_entry *entry)
     if (vm->rpc.fd < 0)
         return;
     vm->merges[vm->merge_count++] = *entry;
-    vm->merges_at_ns = clock_now_ns();
 }
 
 static void take_entry(struct memd_vm *vm, const struct ring_entry *entry)
@@ -665,13 +661,18 @@ static uint32_t take_entries(struct memd_vm *vm)
 {
     struct ring_entry entry;
     uint32_t taken = 0;
+    uint64_t now;
 
     while (taken < AGENT_MAX_MERGES && vm->rpc.fd >= 0 && rpc_take(&vm->rpc, &entry)) {
         taken++;
         take_entry(vm, &entry);
     }
-    if (vm->rpc.fd >= 0 && vm->merge_count > 0)
-        do_merges(vm, taken == 0 && clock_now_ns() - vm->merges_at_ns >= REST_NS);
+    if (vm->rpc.fd < 0 || vm->merge_count == 0)
+        return taken;
+    now = clock_now_ns();
+    if (taken > 0)
+        vm->merges_at_ns = now;
+    do_merges(vm, now - vm->merges_at_ns >= REST_NS);
     return taken;
 }
 

@@ -33,11 +33,6 @@ static uint8_t *view_of(const struct batch *batch, uint32_t i)
     return segments_view(batch->segments, batch->slots[i], 1);
 }
 
-static bool follows(const uint32_t *slots, uint32_t i)
-{
-    return slots[i] == slots[i - 1] + 1 && SLOT_SEGMENT(slots[i]) == SLOT_SEGMENT(slots[i - 1]);
-}
-
 static void give_back(struct batch *batch, uint32_t i, uint32_t pages, uint8_t outcome)
 {
     freeze_return(batch->ram, batch->block, batch->index + i, i, pages);
@@ -73,7 +68,8 @@ static uint32_t map_equal(struct batch *batch, const bool *equal, uint32_t i, ui
 
     while (r == 0 && at < frozen && equal[at]) {
         run = 1;
-        while (at + run < frozen && equal[at + run] && follows(batch->slots, at + run))
+        while (at + run < frozen && equal[at + run] &&
+               merge_slot_follows(batch->slots[at + run - 1], batch->slots[at + run]))
             run++;
         fault_in(view_of(batch, at), run);
         r = remap_map(batch->ram, batch->block, batch->index + at, run, view_of(batch, at));
@@ -156,16 +152,16 @@ static uint32_t batch_pages(const struct ram_block *block, uint32_t index, const
         most = HUGE_PAGES;
     most = pages < most ? pages : most;
     for (uint32_t runs = 1; taken < most; taken++) {
-        runs += !follows(slots, taken);
+        runs += !merge_slot_follows(slots[taken - 1], slots[taken]);
         if (runs > MAX_RUNS)
             break;
     }
     return taken;
 }
 
-void merge_scattered(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
-                     uint32_t index, const uint32_t *slots, uint32_t pages, uint8_t *outcomes,
-                     struct merge_stats *stats)
+void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
+                 uint32_t index, const uint32_t *slots, uint32_t pages, uint8_t *outcomes,
+                 struct merge_stats *stats)
 {
     uint32_t done = 0;
 
@@ -185,20 +181,6 @@ void merge_scattered(struct guest_ram *ram, struct segments *segments, struct ra
         lock_take(&block->lock);
         done += block->live && !block->resting ? merge_batch(&batch, left) : left;
         lock_release(&block->lock);
-    }
-}
-
-void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
-                 uint32_t index, uint32_t slot, uint32_t pages, uint8_t *outcomes,
-                 struct merge_stats *stats)
-{
-    uint32_t slots[HUGE_PAGES] = {0};
-
-    for (uint32_t done = 0, some; done < pages; done += some) {
-        some = pages - done < HUGE_PAGES ? pages - done : (uint32_t)HUGE_PAGES;
-        for (uint32_t i = 0; i < some; i++)
-            slots[i] = slot + done + i;
-        merge_scattered(ram, segments, block, index + done, slots, some, outcomes + done, stats);
     }
 }
 

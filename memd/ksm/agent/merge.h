@@ -24,13 +24,14 @@ struct merge_stats {
  * Merges page index + i with slots[i]. Takes the block's lock, a batch at a time. For each page
  * outcomes[i] becomes 0 (it is shared) or an enum not_merged.
  */
-void merge_scattered(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
-                     uint32_t index, const uint32_t *slots, uint32_t pages, uint8_t *outcomes,
-                     struct merge_stats *stats);
-/* The same with the slots from `slot` on, one segment's. */
 void merge_pages(struct guest_ram *ram, struct segments *segments, struct ram_block *block,
-                 uint32_t index, uint32_t slot, uint32_t pages, uint8_t *outcomes,
+                 uint32_t index, const uint32_t *slots, uint32_t pages, uint8_t *outcomes,
                  struct merge_stats *stats);
+/* Whether one call maps both: `next` lies behind `slot`, in the same segment. */
+static inline bool merge_slot_follows(uint32_t slot, uint32_t next)
+{
+    return next == slot + 1 && SLOT_SEGMENT(next) == SLOT_SEGMENT(slot);
+}
 
 /* Moves a shared page to another slot with the same bytes. 0 or an enum not_merged; then it is
  * shared as before, unless it was not shared at all. */

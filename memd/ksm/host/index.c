@@ -163,7 +163,7 @@ uint32_t ksm_index_next(const struct ksm_index *index, uint32_t tag,
 
         if (ref == KSM_REF_NONE)
             break;
-        if (cursor->seen++ % AHEAD == 0)
+        if (cursor->seen++ % AHEAD == 0 && cursor->seen > 1) /* the first were expected */
             fetch(index, shard, cursor->place);
         if (++cursor->place == shard->size)
             cursor->place = 0;
