@@ -390,7 +390,7 @@ static int collect(struct migration *migration, int first, int *fds)
         return fds[0];
     if (migration->source || migration->start.takes_over) {
         result =
-            guest ? mover_process_reach_agent(guest, migration->start.role, &fds[count]) : -ESRCH;
+            guest ? mover_process_reach_agent(guest, migration->start.role, &fds[count]) : -ENOTCONN;
         if (result)
             return result;
         count++;
@@ -453,6 +453,8 @@ const char *mover_process_why(int result)
 {
     if (result == -ENOEXEC)
         return "memd-mover is neither beside memd nor is it " MEMD_MOVER_INSTALLED ": install it";
+    if (result == -ESRCH)
+        return "it ended at once";
     return result == -EADDRINUSE ? "all of [migration] ports are in use" : strerror(-result);
 }
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 
-from lab import Failure, Lab, machine, wait_for
+from lab import Failure, Lab, Skip, machine, wait_for
 from lab.certificates import Authority
 from lab.network import Wire, free_port
 from lab.suite import AGENT, MEMVM, live_test, short_or_full
@@ -301,6 +301,32 @@ def destination_that_dies_after_the_commit_is_said_to_be_lost():
             raise Failure(f"nothing is said of it: {report}")
         if not hosts.guest.is_alive() or hosts.guest.rounds() != rounds:
             raise Failure("the source let the guest run again, or ended what is left of it")
+
+
+@live_test([AGENT, MEMVM])
+def memd_without_its_mover_says_so_and_moves_nothing():
+    with two_hosts() as hosts:
+        hosts.source.with_mover()
+        hosts.start()
+        hosts.begin()
+        status, _, why = hosts.end()
+        if status == 0:
+            raise Skip("a memd-mover is installed here: memd takes that one")
+        if status != 1 or "memd-mover is neither beside memd" not in why:
+            raise Failure(f"memctl migrate ended with {status}: {why}")
+        hosts.nothing_arrived()
+
+
+@live_test([AGENT, MEMVM])
+def mover_that_says_nothing_and_dies_ends_the_migration():
+    with two_hosts() as hosts:
+        hosts.source.with_mover("sleep 0.2")
+        hosts.start()
+        hosts.begin()
+        report = hosts.fails()
+        if "no mover stays alive" not in report["reason"]:
+            raise Failure(f"it is not said why: {report}")
+        hosts.nothing_arrived()
 
 
 @live_test([AGENT, MEMVM])

@@ -29,6 +29,7 @@ class Lab:
         self.socket = os.path.join(self.directory, "memd.sock")
         self.config = os.path.join(self.directory, "memd.conf")
         self.memd = None
+        self._memd_program = machine.program("memd")
         self.guests = {}
         self.failed = False
         self.keep = False
@@ -172,10 +173,21 @@ class Lab:
             self.write_config(sections or {}, domains or {})
         os.makedirs(os.path.join(self.directory, "state"), exist_ok=True)
         inside = ["nsenter", f"--net=/run/netns/{self._network}"] if self._network else []
-        self.memd = self.spawn([*inside, machine.program("memd"), "--config", self.config, "--foreground"],
+        self.memd = self.spawn([*inside, self._memd_program, "--config", self.config, "--foreground"],
                                "memd.log", over=over, death="TERM")
         wait_for("memd to answer", self._memd_answers, 30, 0.05)
         return self.memd
+
+    def with_mover(self, script=None):
+        """memd is to be a copy that has no memd-mover, or this shell script for one."""
+        place = os.path.join(self.directory, "programs")
+        os.makedirs(place, exist_ok=True)
+        self._memd_program = shutil.copy(machine.program("memd"), place)
+        if script:
+            mover = os.path.join(place, "memd-mover")
+            with open(mover, "w") as file:
+                file.write(f"#!/bin/sh\n{script}\n")
+            os.chmod(mover, 0o755)
 
     def _memd_answers(self):
         if self.memd.poll() is not None:
