@@ -95,8 +95,10 @@ static const char *refusal(const struct daemon *daemon, const char *name)
 {
     const struct config_guest *configured = config_guest_find(&daemon->config, name);
 
-    if (!configured || !configured->incoming_count)
-        return "no guest of this name may come here: its [guest] section in memd.conf names no VMM "
+    if (!configured)
+        return "no guest of this name may come here: memd.conf there has no [guest] section for it";
+    if (!configured->incoming_count)
+        return "this guest may not come here: its [guest] section in memd.conf there names no VMM "
                "(incoming)";
     if (registry_find(daemon, name))
         return "a guest of this name is here already";

@@ -389,8 +389,8 @@ static int collect(struct migration *migration, int first, int *fds)
     if (fds[count++] < 0)
         return fds[0];
     if (migration->source || migration->start.takes_over) {
-        result =
-            guest ? mover_process_reach_agent(guest, migration->start.role, &fds[count]) : -ENOTCONN;
+        result = guest ? mover_process_reach_agent(guest, migration->start.role, &fds[count])
+                       : -ENOTCONN;
         if (result)
             return result;
         count++;

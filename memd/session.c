@@ -337,7 +337,7 @@ static bool relies_on_more(struct session *session)
 /* A lookup waits for memory twice, one wait after the other: both begin some entries ahead. */
 static void look_ahead(const struct session *session, uint32_t filled)
 {
-    static const uint32_t distances[] = {4, 10};
+    static const uint32_t distances[] = {4, 20};
 
     for (int far = 0; far < 2; far++) {
         struct ring_entry entry;

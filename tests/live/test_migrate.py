@@ -353,7 +353,7 @@ def guest_that_the_destination_does_not_know_is_refused():
         hosts.name, hosts.guest = "stranger", hosts.source.guests["stranger"]
         hosts.begin()
         report = hosts.fails()
-        if "names no VMM" not in report["reason"]:
+        if "has no [guest] section" not in report["reason"]:
             raise Failure(f"it is not said why: {report}")
         hosts.nothing_arrived()
 

@@ -8,10 +8,113 @@
 
 #include "host.h"
 
-#define SMALLEST 16U
-/* Tags that are fetched together: they lie anywhere in memory, and one after the other each would
- * cost a cache miss. */
-#define AHEAD 8U
+#define LINE_BYTES 64U
+/* A bucket grows by so many entries, and shrinks when twice as many are free. */
+#define STEP 16U
+/* Two buckets become one when they would have no more than this on average. */
+#define FEW        (KSM_INDEX_BUCKET / 3)
+#define FIRST_ROOM 256U
+/* Tags that are fetched while others are read: they lie anywhere in memory. */
+#define AHEAD 16U
+
+/* ---- one bucket ---- */
+
+static uint32_t *refs_of(const struct ksm_bucket *bucket)
+{
+    return (uint32_t *)(void *)(bucket->marks + bucket->size);
+}
+
+static size_t bytes_of(uint32_t size)
+{
+    return size * (sizeof(uint8_t) + sizeof(uint32_t));
+}
+
+static int resize(struct ksm_index *index, struct ksm_bucket *bucket, uint32_t size)
+{
+    struct ksm_bucket other = {.size = size, .used = bucket->used};
+
+    other.marks = size ? calloc(1, bytes_of(size)) : NULL; /* marks that are compared are defined */
+    if (size && !other.marks)
+        return -ENOMEM;
+    if (other.marks && bucket->marks) {
+        memcpy(other.marks, bucket->marks, bucket->used);
+        memcpy(refs_of(&other), refs_of(bucket), bucket->used * sizeof(uint32_t));
+    }
+    index->bytes += bytes_of(size);
+    index->bytes -= bytes_of(bucket->size);
+    free(bucket->marks);
+    *bucket = other;
+    return 0;
+}
+
+static int make_room(struct ksm_index *index, struct ksm_bucket *bucket, uint32_t entries)
+{
+    uint32_t wanted = (bucket->used + entries + STEP - 1) / STEP * STEP;
+
+    return wanted > bucket->size ? resize(index, bucket, wanted) : 0;
+}
+
+static void leave_room(struct ksm_index *index, struct ksm_bucket *bucket)
+{
+    if (bucket->size - bucket->used >= 2 * STEP)
+        (void)resize(index, bucket, (bucket->used + STEP - 1) / STEP * STEP);
+}
+
+/* There is room. */
+static void append(struct ksm_bucket *bucket, uint8_t mark, uint32_t ref)
+{
+    bucket->marks[bucket->used] = mark;
+    refs_of(bucket)[bucket->used++] = ref;
+}
+
+/* What stands from `first` on. There is room. */
+static void move_tail(struct ksm_bucket *from, uint32_t first, struct ksm_bucket *to)
+{
+    uint32_t count = from->used - first;
+
+    if (!to->marks)
+        return; /* no room: there is nothing to move */
+    memcpy(to->marks + to->used, from->marks + first, count);
+    memcpy(refs_of(to) + to->used, refs_of(from) + first, count * sizeof(uint32_t));
+    to->used += count;
+    from->used = first;
+}
+
+static void take_out(struct ksm_bucket *bucket, uint32_t at)
+{
+    uint32_t *refs = refs_of(bucket);
+
+    bucket->used--;
+    bucket->marks[at] = bucket->marks[bucket->used];
+    refs[at] = refs[bucket->used];
+}
+
+typedef uint8_t many_marks __attribute__((vector_size(STEP)));
+
+/* The next place from `at` on that has this mark; `used` or more: there is none. A step's marks are
+ * compared at once: a byte of `same` is 0xff where they are equal. */
+static uint32_t find_mark(const struct ksm_bucket *bucket, uint8_t mark, uint32_t at)
+{
+    while (at < bucket->used) {
+        uint32_t start = at - at % STEP;
+        many_marks marks;
+        uint64_t same[2];
+
+        memcpy(&marks, bucket->marks + start, sizeof(marks));
+        marks = (many_marks)(marks == mark);
+        memcpy(same, &marks, sizeof(same));
+        for (; (same[0] | same[1]) && at < start + STEP; at += 8 - at % 8) {
+            uint64_t rest = same[at % STEP / 8] >> at % 8 * 8;
+
+            if (rest)
+                return at + (uint32_t)__builtin_ctzll(rest) / 8; /* little-endian */
+        }
+        at = start + STEP;
+    }
+    return bucket->used;
+}
+
+/* ---- which bucket ---- */
 
 /* A keyed permutation of 32 bits (multiply by an odd number and fold, twice). */
 static uint32_t mix(const struct ksm_index *index, uint32_t tag)
@@ -22,15 +125,9 @@ static uint32_t mix(const struct ksm_index *index, uint32_t tag)
     return mixed ^ mixed >> 16;
 }
 
-static struct ksm_index_shard *shard_of(const struct ksm_index *index, uint32_t mixed)
+static uint8_t mark_of(uint32_t mixed)
 {
-    return &index->shards[mixed >> (32 - KSM_INDEX_SHARD_BITS)];
-}
-
-/* The place where a tag would like to be: what is left of it, scaled to the shard. */
-static uint32_t home_of(const struct ksm_index_shard *shard, uint32_t mixed)
-{
-    return (uint32_t)((uint64_t)(mixed << KSM_INDEX_SHARD_BITS) * shard->size >> 32);
+    return (uint8_t)(mixed >> 24);
 }
 
 static uint32_t tag_of(const struct ksm_index *index, uint32_t ref)
@@ -38,26 +135,112 @@ static uint32_t tag_of(const struct ksm_index *index, uint32_t ref)
     return *index->tag_at(index->owner, ref);
 }
 
-/* The tags of what stands from `at` on. */
-static void fetch(const struct ksm_index *index, const struct ksm_index_shard *shard, uint32_t at)
+/* As many low bits as number all buckets; what would lie behind the last has not been split off. */
+static uint32_t number_of(const struct ksm_index *index, uint32_t mixed)
 {
-    for (uint32_t i = 0; i < AHEAD && shard->entries[at] != KSM_REF_NONE; i++) {
-        __builtin_prefetch(index->tag_at(index->owner, shard->entries[at]));
-        if (++at == shard->size)
-            at = 0;
-    }
+    uint32_t mask = UINT32_MAX >> __builtin_clz(index->bucket_count | 1);
+    uint32_t number = mixed & mask;
+
+    return number < index->bucket_count ? number : number & mask >> 1;
 }
+
+static struct ksm_bucket *bucket_of(const struct ksm_index *index, uint32_t mixed)
+{
+    return &index->buckets[number_of(index, mixed)];
+}
+
+/* The bucket that bucket `number` was split off, by its top bit. */
+static struct ksm_bucket *origin_of(const struct ksm_index *index, uint32_t number)
+{
+    return &index->buckets[number & ~(1U << (31 - __builtin_clz(number)))];
+}
+
+static int widen(struct ksm_index *index)
+{
+    size_t bytes = index->bucket_room * sizeof(*index->buckets);
+    void *wider;
+
+    if (index->bucket_count < index->bucket_room)
+        return 0;
+    wider = mremap(index->buckets, bytes, bytes * 2, MREMAP_MAYMOVE);
+    if (wider == MAP_FAILED)
+        return -ENOMEM;
+    index->buckets = wider;
+    index->bucket_room *= 2;
+    return 0;
+}
+
+/* Orders the bucket: first the entries that stay when it is split by this bit. Returns how many. */
+static uint32_t part(const struct ksm_index *index, struct ksm_bucket *bucket, uint32_t bit)
+{
+    uint32_t *refs = refs_of(bucket), stay = 0;
+
+    for (uint32_t i = 0; i < bucket->used; i++) {
+        uint32_t ref = refs[i];
+        uint8_t mark = bucket->marks[i];
+
+        if (i + AHEAD < bucket->used)
+            __builtin_prefetch(index->tag_at(index->owner, refs[i + AHEAD]));
+        if (mix(index, tag_of(index, ref)) & bit)
+            continue;
+        refs[i] = refs[stay];
+        bucket->marks[i] = bucket->marks[stay];
+        refs[stay] = ref;
+        bucket->marks[stay++] = mark;
+    }
+    return stay;
+}
+
+/* Without memory the buckets only become longer. */
+static void split_one(struct ksm_index *index)
+{
+    uint32_t number = index->bucket_count, stay;
+    struct ksm_bucket *from, *to;
+
+    if (widen(index))
+        return;
+    from = origin_of(index, number);
+    to = &index->buckets[number];
+    *to = (struct ksm_bucket){0};
+    stay = part(index, from, 1U << (31 - __builtin_clz(number)));
+    if (make_room(index, to, from->used - stay))
+        return;
+    move_tail(from, stay, to);
+    index->bucket_count++;
+    index->bytes += sizeof(*to);
+    leave_room(index, from);
+}
+
+/* The last bucket goes back to where it was split off. */
+static void join_one(struct ksm_index *index)
+{
+    uint32_t number = index->bucket_count - 1;
+    struct ksm_bucket *from = &index->buckets[number], *to = origin_of(index, number);
+
+    if (make_room(index, to, from->used))
+        return;
+    move_tail(from, 0, to);
+    (void)resize(index, from, 0);
+    index->bucket_count--;
+    index->bytes -= sizeof(*from);
+}
+
+/* ---- the index ---- */
 
 int ksm_index_start(struct ksm_index *index,
                     const uint32_t *(*tag_at)(const void *owner, uint32_t ref), const void *owner)
 {
-    void *shards = mmap(NULL, sizeof(struct ksm_index_shard) * KSM_INDEX_SHARDS,
-                        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *buckets = mmap(NULL, FIRST_ROOM * sizeof(struct ksm_bucket), PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int result;
 
-    if (shards == MAP_FAILED)
+    if (buckets == MAP_FAILED)
         return -errno;
-    *index = (struct ksm_index){.shards = shards, .tag_at = tag_at, .owner = owner};
+    *index = (struct ksm_index){.buckets = buckets,
+                                .bucket_count = 1,
+                                .bucket_room = FIRST_ROOM,
+                                .tag_at = tag_at,
+                                .owner = owner};
     result = host_random(index->key, sizeof(index->key));
     if (result)
         ksm_index_stop(index);
@@ -66,166 +249,74 @@ int ksm_index_start(struct ksm_index *index,
 
 void ksm_index_stop(struct ksm_index *index)
 {
-    if (!index->shards)
+    if (!index->buckets)
         return;
-    for (uint32_t i = 0; i < KSM_INDEX_SHARDS; i++)
-        free(index->shards[i].entries);
-    munmap(index->shards, sizeof(struct ksm_index_shard) * KSM_INDEX_SHARDS);
-    index->shards = NULL;
-}
-
-static void place(struct ksm_index_shard *shard, uint32_t mixed, uint32_t ref)
-{
-    uint32_t at = home_of(shard, mixed);
-
-    while (shard->entries[at] != KSM_REF_NONE) {
-        if (++at == shard->size)
-            at = 0;
-    }
-    shard->entries[at] = ref;
-}
-
-/* 16, 20, 24, 28, 32, 40, ...: four steps a doubling, the sizes that the allocator has too. */
-static uint32_t size_above(uint32_t size)
-{
-    uint32_t step = 1;
-
-    while (step * 8 <= size)
-        step *= 2;
-    return size + step;
-}
-
-static int resize(struct ksm_index *index, struct ksm_index_shard *shard, uint32_t size)
-{
-    struct ksm_index_shard grown = {.size = size, .used = shard->used};
-
-    grown.entries = malloc(size * sizeof(*grown.entries));
-    if (!grown.entries)
-        return -ENOMEM;
-    memset(grown.entries, 0xff, size * sizeof(*grown.entries));
-    for (uint32_t i = 0; i < shard->size; i++) {
-        uint32_t ref = shard->entries[i];
-
-        if (i + AHEAD < shard->size && shard->entries[i + AHEAD] != KSM_REF_NONE)
-            __builtin_prefetch(index->tag_at(index->owner, shard->entries[i + AHEAD]));
-        if (ref != KSM_REF_NONE)
-            place(&grown, mix(index, tag_of(index, ref)), ref);
-    }
-    index->size += size;
-    index->size -= shard->size;
-    free(shard->entries);
-    *shard = grown;
-    return 0;
+    for (uint32_t i = 0; i < index->bucket_count; i++)
+        free(index->buckets[i].marks);
+    munmap(index->buckets, index->bucket_room * sizeof(*index->buckets));
+    index->buckets = NULL;
 }
 
 int ksm_index_add(struct ksm_index *index, uint32_t tag, uint32_t ref)
 {
     uint32_t mixed = mix(index, tag);
-    struct ksm_index_shard *shard = shard_of(index, mixed);
+    struct ksm_bucket *bucket = bucket_of(index, mixed);
+    int result = make_room(index, bucket, 1);
 
-    if ((uint64_t)(shard->used + 1) * 5 > (uint64_t)shard->size * 4) {
-        int result = resize(index, shard, shard->size ? size_above(shard->size) : SMALLEST);
-        if (result)
-            return result;
-    }
-    place(shard, mixed, ref);
-    shard->used++;
+    if (result)
+        return result;
+    append(bucket, mark_of(mixed), ref);
     index->used++;
+    if (index->used > (uint64_t)index->bucket_count * KSM_INDEX_BUCKET)
+        split_one(index);
     return 0;
 }
 
 void ksm_index_expect(const struct ksm_index *index, uint32_t tag, bool soon)
 {
-    uint32_t mixed = mix(index, tag), home;
-    const struct ksm_index_shard *shard = shard_of(index, mixed);
+    uint32_t mixed = mix(index, tag), at = 0;
+    const struct ksm_bucket *bucket = bucket_of(index, mixed);
 
-    if (!shard->size)
+    if (!soon) {
+        for (; at < bucket->used; at += LINE_BYTES)
+            __builtin_prefetch(bucket->marks + at);
+        if (bucket->size > 0) /* what is not found is added */
+            __builtin_prefetch(refs_of(bucket) + bucket->used);
         return;
-    home = home_of(shard, mixed);
-    if (soon)
-        fetch(index, shard, home);
-    else
-        __builtin_prefetch(&shard->entries[home]);
+    }
+    while ((at = find_mark(bucket, mark_of(mixed), at)) < bucket->used)
+        __builtin_prefetch(index->tag_at(index->owner, refs_of(bucket)[at++]));
 }
 
 uint32_t ksm_index_next(const struct ksm_index *index, uint32_t tag,
                         struct ksm_index_cursor *cursor)
 {
     uint32_t mixed = mix(index, tag);
-    const struct ksm_index_shard *shard = shard_of(index, mixed);
+    const struct ksm_bucket *bucket = bucket_of(index, mixed);
 
-    if (!shard->size)
-        return KSM_REF_NONE;
-    if (!cursor->seen)
-        cursor->place = home_of(shard, mixed);
-    while (cursor->seen < shard->size) {
-        uint32_t ref = shard->entries[cursor->place];
+    while ((cursor->at = find_mark(bucket, mark_of(mixed), cursor->at)) < bucket->used) {
+        uint32_t ref = refs_of(bucket)[cursor->at++];
 
-        if (ref == KSM_REF_NONE)
-            break;
-        if (cursor->seen++ % AHEAD == 0 && cursor->seen > 1) /* the first were expected */
-            fetch(index, shard, cursor->place);
-        if (++cursor->place == shard->size)
-            cursor->place = 0;
         if (tag_of(index, ref) == tag)
             return ref;
     }
     return KSM_REF_NONE;
 }
 
-/* Moves what stands behind a freed place forward, so that no search ends early. */
-static void close_gap(const struct ksm_index *index, struct ksm_index_shard *shard, uint32_t gap)
-{
-    uint32_t at = gap;
-
-    fetch(index, shard, gap);
-    for (;;) {
-        uint32_t home, ref;
-
-        if (++at == shard->size)
-            at = 0;
-        ref = shard->entries[at];
-        if (ref == KSM_REF_NONE)
-            break;
-        home = home_of(shard, mix(index, tag_of(index, ref)));
-        /* It may move to the gap unless its home lies behind the gap, cyclically. */
-        if (gap <= at ? (gap < home && home <= at) : (gap < home || home <= at))
-            continue;
-        shard->entries[gap] = ref;
-        gap = at;
-    }
-    shard->entries[gap] = KSM_REF_NONE;
-}
-
-static void shrink(struct ksm_index *index, struct ksm_index_shard *shard)
-{
-    uint32_t size = SMALLEST;
-
-    if (shard->size <= SMALLEST || (uint64_t)shard->used * 3 >= shard->size)
-        return;
-    while ((uint64_t)shard->used * 3 > (uint64_t)size * 2)
-        size = size_above(size);
-    (void)resize(index, shard, size); /* without memory it stays as large as it is */
-}
-
 bool ksm_index_remove(struct ksm_index *index, uint32_t tag, uint32_t ref)
 {
-    uint32_t mixed = mix(index, tag);
-    struct ksm_index_shard *shard = shard_of(index, mixed);
-    uint32_t at;
+    uint32_t mixed = mix(index, tag), at = 0;
+    struct ksm_bucket *bucket = bucket_of(index, mixed);
 
-    if (!shard->size)
+    while ((at = find_mark(bucket, mark_of(mixed), at)) < bucket->used &&
+           refs_of(bucket)[at] != ref)
+        at++;
+    if (at >= bucket->used)
         return false;
-    at = home_of(shard, mixed);
-    for (uint32_t seen = 0; shard->entries[at] != ref; seen++) {
-        if (shard->entries[at] == KSM_REF_NONE || seen == shard->size)
-            return false;
-        if (++at == shard->size)
-            at = 0;
-    }
-    close_gap(index, shard, at);
-    shard->used--;
+    take_out(bucket, at);
+    leave_room(index, bucket);
     index->used--;
-    shrink(index, shard);
+    if (index->bucket_count > 1 && index->used < (uint64_t)index->bucket_count * FEW)
+        join_one(index);
     return true;
 }

@@ -63,7 +63,7 @@ static bool try_neighbours(const struct ksm_member *member, uint32_t page, uint3
 
 static struct hit look_up(const struct trust_domain *domain, uint32_t self, uint32_t tag)
 {
-    struct ksm_index_cursor cursor = {0, 0};
+    struct ksm_index_cursor cursor = {0};
     struct hit hit = {SLOT_NONE, KSM_REF_NONE, false};
     uint32_t ref;
 
@@ -101,7 +101,7 @@ static void keep(struct trust_domain *domain, uint32_t ref, uint32_t tag, bool h
 
 void ksm_match_keep(struct trust_domain *domain, uint32_t ref, uint32_t tag)
 {
-    struct ksm_index_cursor cursor = {0, 0};
+    struct ksm_index_cursor cursor = {0};
     uint32_t other;
 
     do {

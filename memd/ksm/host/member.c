@@ -413,7 +413,7 @@ static bool step_leaving(struct loop_task *task)
 
 static bool is_indexed(const struct trust_domain *domain, uint32_t ref, uint32_t tag)
 {
-    struct ksm_index_cursor cursor = {0, 0};
+    struct ksm_index_cursor cursor = {0};
     uint32_t other;
 
     while ((other = ksm_index_next(&domain->index, tag, &cursor)) != KSM_REF_NONE) {

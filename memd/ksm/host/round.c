@@ -505,7 +505,7 @@ static int seal(struct trust_domain *domain)
 /* A page that another search has left behind with the same content. */
 static uint32_t take_hint(struct trust_domain *domain, uint32_t tag)
 {
-    struct ksm_index_cursor cursor = {0, 0};
+    struct ksm_index_cursor cursor = {0};
     uint32_t ref;
 
     while ((ref = ksm_index_next(&domain->index, tag, &cursor)) != KSM_REF_NONE) {

@@ -154,7 +154,7 @@ uint64_t trust_domain_table_bytes(const struct trust_domain *domain)
 
     for (const struct ksm_member *member = domain->members; member; member = member->next)
         pages += known_pages(member);
-    return pages * sizeof(uint32_t) + pages / 2 + domain->index.size * sizeof(uint32_t) +
+    return pages * sizeof(uint32_t) + pages / 2 + domain->index.bytes +
            domain->store.pages * (sizeof(uint32_t) + sizeof(uint32_t));
 }
 

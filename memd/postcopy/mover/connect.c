@@ -326,6 +326,8 @@ static const char *words_for(const struct link *link, int error)
         return link->why;
     if (error == -ECONNREFUSED && link->theirs.verdict)
         return peer_verdict_words(link->theirs.verdict);
+    if (error == -ECONNREFUSED)
+        return "nobody listens there (is its memd up, and [migration] listen in its memd.conf?)";
     return strerror(-error);
 }
 

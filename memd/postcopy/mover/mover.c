@@ -137,7 +137,7 @@ void mover_event(struct mover *mover, const struct session_event *event)
 void mover_cut(struct mover *mover, int error, const char *why)
 {
     if (!session_is_committed(&mover->session))
-        mover_say_why(mover, "the connection was lost: %s", why);
+        mover_say_why(mover, "no connection with the other host: %s", why);
     connect_drop(mover);
     mover_event(mover, &(struct session_event){.type = EVENT_CUT, .value = error ? error : -EPIPE});
 }
