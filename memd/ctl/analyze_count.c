@@ -36,6 +36,7 @@
 #include <xxhash.h>
 
 #include "analyze_compress.h"
+#include "hash.h"
 
 #define CHUNK_PAGES ANALYZE_CHUNK_PAGES
 
@@ -89,7 +90,7 @@ struct counter {
     uint32_t *contents;   /* of each page */
     uint16_t *sizes;      /* of each content, compressed, at its number less 1; NULL: not wanted */
     uint64_t page_count;
-    uint64_t seed; /* random: nobody can prepare dumps whose pages collide */
+    struct hash_secret secret; /* random: nobody can prepare dumps whose pages collide */
     struct analyze_compressor *compressor;
     struct analyze_chunk *chunk; /* at hand; else NULL */
     uint8_t *earlier_buffer;     /* for what can't be looked at in place */
@@ -322,10 +323,10 @@ static int count_larger_unit(struct counter *counter, int which, size_t source, 
     }
     if (!count_kind(&counter->result->sources[source][which], 1, any == CONTENT_ZERO, changed))
         return 0;
-    return count_unit(
-        counter, which, source, unit,
-        XXH3_64bits_withSeed(contents, level->unit_pages * sizeof(contents[0]), counter->seed),
-        &first);
+    return count_unit(counter, which, source, unit,
+                      XXH3_64bits_withSecret(contents, level->unit_pages * sizeof(contents[0]),
+                                             counter->secret.bytes, sizeof(counter->secret.bytes)),
+                      &first);
 }
 
 /* The units that begin in the 2 MiB from `page` of the source on. */
@@ -361,7 +362,7 @@ static void add_to_batch(struct counter *counter, uint32_t i)
 {
     const struct analyze_chunk *chunk = counter->chunk;
     const struct level *level = &counter->levels[ANALYZE_PAGES];
-    uint64_t hash = XXH3_64bits_withSeed(chunk->bytes + i * PAGE_BYTES, PAGE_BYTES, counter->seed);
+    uint64_t hash = hash_page(&counter->secret, chunk->bytes + i * PAGE_BYTES);
 
     __builtin_prefetch(&level->table[slot_of(level, hash)], 1);
     counter->batch[counter->batch_count++] =
@@ -634,7 +635,7 @@ static int open_counter(struct counter *counter)
     uint32_t domains = counter->options->domains;
     int error;
 
-    if (getrandom(&counter->seed, sizeof(counter->seed), 0) != sizeof(counter->seed))
+    if (getrandom(&counter->secret, sizeof(counter->secret), 0) != sizeof(counter->secret))
         return -EAGAIN;
     counter->earlier_buffer = malloc(CHUNK_PAGES * PAGE_BYTES);
     counter->run = (struct run){.bytes = malloc(RUN_PAGES * PAGE_BYTES), .next = PAGE_NONE};
