@@ -284,13 +284,13 @@ void mover_process_let_go(struct migration *migration)
     close_death(migration);
 }
 
-/* Heartbeats must not wait for a busy host's other processes. Its relays, which use the CPU, are
- * ordinary threads. */
+/* Heartbeats and the switch-over must not wait for a busy host's other processes. Its relays, which
+ * use the CPU, make themselves ordinary threads. */
 static void schedule(pid_t pid)
 {
     struct sched_param first = {.sched_priority = 1};
 
-    (void)sched_setscheduler(pid, SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
+    (void)sched_setscheduler(pid, SCHED_FIFO, &first);
 }
 
 /* Beside memd, as in a build directory; where an installation has it from there; or where this one

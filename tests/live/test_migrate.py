@@ -161,6 +161,19 @@ def guest_of_two_vcpus_moves_between_networks_under_tls():
 
 
 @live_test([AGENT, MEMVM])
+def only_the_mover_that_is_waited_for_goes_before_others():
+    """Its relays move bytes for as long as there are any."""
+    with Wire() as wire, two_hosts(wire) as hosts:
+        hosts.start_to_move()
+        for lab in (hosts.source, hosts.destination):
+            mover = hosts.status_at(lab)["pid"]
+            first = {tid for tid in machine.threads(mover) if os.sched_getscheduler(tid) != os.SCHED_OTHER}
+            if first != {mover} or len(machine.threads(mover)) != 3:
+                raise Failure(f"of the threads {machine.threads(mover)} {first} have a priority")
+        hosts.completes()[1].report()
+
+
+@live_test([AGENT, MEMVM])
 def precopy_alone_demands_nothing():
     with two_hosts() as hosts:
         hosts.start(duty=1)

@@ -107,6 +107,35 @@ Test(agent_move, without_pipelining)
     move_with_switch(MOVER_NO_PIPELINE, 1 << 20);
 }
 
+static void move_held(uint32_t what)
+{
+    static const uint32_t pages[] = {0, 100, 300, 1400};
+    struct mover_tuning tuning = {.switches = what};
+
+    move_open(&pair, &tuning);
+    cr_assert_eq(incoming_expect(&pair.incoming), 0);
+    move_link(&pair);
+    move_stop(&pair, true);
+    move_wait(&pair.incoming.mapped);
+    for (size_t i = 0; i < sizeof(pages) / sizeof(pages[0]); i++)
+        cr_assert(move_is_right(&pair, pages[i]));
+    cr_expect_leq(pair.incoming.counts.data, sizeof(pages) / sizeof(pages[0]));
+    outgoing_release(&pair.outgoing);
+    move_wait_proven(&pair);
+    assert_all_right();
+}
+
+/* While the guest stands still the CPU and the link are for what it waits for. */
+Test(agent_move, what_is_held_comes_only_when_it_is_asked_for)
+{
+    move_held(0);
+}
+
+Test(agent_move, what_is_held_comes_when_it_is_asked_for_on_bulk)
+{
+    move_held(MOVER_NO_URGENT);
+}
+
 /* What the pusher sends ahead of a sequence is not asked for. */
 Test(agent_move, a_sequence_of_faults_is_answered_ahead)
 {
@@ -142,7 +171,7 @@ Test(agent_move, what_touches_memory_before_the_map_waits_and_gets_its_bytes)
     while (__atomic_load_n(&pair.incoming.counts.demand, __ATOMIC_ACQUIRE) < 3)
         usleep(100);
     move_link(&pair);
-    move_stop(&pair);
+    move_stop(&pair, false);
     for (int i = 0; i < 3; i++) {
         pthread_join(readers[i], &wrong);
         cr_assert_null(wrong);
@@ -244,7 +273,7 @@ Test(agent_move, a_child_has_no_memory_that_is_still_to_come)
     cr_assert_eq(incoming_expect(&pair.incoming), 0);
     cr_assert_eq(read_in_child(), SIGSEGV);
     move_link(&pair);
-    move_stop(&pair);
+    move_stop(&pair, false);
     move_wait_proven(&pair);
     incoming_close(&pair.incoming);
     cr_assert_eq(read_in_child(), 0);
@@ -531,7 +560,7 @@ static uint64_t precopy(uint32_t passes)
     __atomic_store_n(&writing, false, __ATOMIC_RELEASE);
     pthread_join(writer, NULL);
     discard_at_source(100, 5);
-    pending = move_stop(&pair);
+    pending = move_stop(&pair, false);
     move_wait_proven(&pair);
     assert_like_source();
     return pending;

@@ -54,8 +54,8 @@ bool move_is_zero(const uint8_t *at);
 /* Does the destination's page hold what the source's had? */
 bool move_is_right(const struct move_pair *pair, uint32_t page);
 
-/* Pages that the map calls remote. */
-uint64_t move_stop(struct move_pair *pair);
+/* Pages that the map calls remote. hold: nothing is pushed until outgoing_release(). */
+uint64_t move_stop(struct move_pair *pair, bool hold);
 /* expect, link, stop; until the map has arrived, before which a guest does not run there, and a cut
  * is the end of the migration. */
 void move_begin(struct move_pair *pair);

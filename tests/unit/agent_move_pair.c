@@ -150,16 +150,16 @@ void move_begin(struct move_pair *pair)
 {
     cr_assert_eq(incoming_expect(&pair->incoming), 0);
     move_link(pair);
-    move_stop(pair);
+    move_stop(pair, false);
     move_wait(&pair->incoming.mapped);
 }
 
-uint64_t move_stop(struct move_pair *pair)
+uint64_t move_stop(struct move_pair *pair, bool hold)
 {
     uint64_t pending = 0;
     int r;
 
-    outgoing_stop(&pair->outgoing);
+    outgoing_stop(&pair->outgoing, hold);
     while ((r = outgoing_stopped(&pair->outgoing, &pending)) == -EINPROGRESS)
         usleep(200);
     cr_assert_eq(r, 0);

@@ -141,6 +141,7 @@ static void ask_stop(void)
     cr_expect(stop_it.pause == 0 && scripted_qemu_was_asked("stop"));
     answer(MOVER_STOP, 0);
     cr_expect(done(MOVER_STOP, NULL).result == 0);
+    cr_expect(scripted_qemu_was_asked("migrate"), "it is not saved while the agent is at work");
 }
 
 /* ---- the source ---- */
@@ -182,8 +183,8 @@ Test(mover_qemu, guest_is_stopped_saved_and_never_runs_again)
 
     start("running", NULL, 0);
     greet(MOVER_SOURCE, MOVER_PHASE_FRESH);
-    ask_stop();
     scripted_qemu.writes_nothing = true; /* an empty state is none */
+    ask_stop();
     ask(MOVER_SAVE);
     saved = done(MOVER_SAVE, &fd);
     cr_expect(saved.result == -EIO && fd < 0);
@@ -296,6 +297,10 @@ Test(mover_qemu, state_is_loaded_before_the_agent_hears_of_it)
     cr_expect_str_eq(scripted_qemu.status, "running");
     answer(MOVER_RUN, 0);
     cr_expect(done(MOVER_RUN, NULL).result == 0);
+    ask(MOVER_HOLD);
+    hear(agent, MOVER_HOLD, &header, sizeof(header));
+    cr_expect(strstr(scripted_qemu_asked("migrate-set-capabilities", 1), "multifd"),
+              "what was changed was not put back");
     stop();
     close(fd);
 }

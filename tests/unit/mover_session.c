@@ -67,6 +67,7 @@ static void bring_source(struct session *session, enum session_state to)
     if (to > SOURCE_ASKING)
         hear(session, PEER_OK, 0);
     if (to > SOURCE_LINKING) {
+        done(session, MOVER_SET_SESSION, 0);
         take(session, EVENT_DATA_LINKED);
         cr_assert(does(session, ACTION_LINK));
         hear(session, PEER_EXPECTING, 0);
@@ -143,6 +144,8 @@ Test(mover_session, post_copy_alone_stops_at_once)
     hear(&source, PEER_OK, 0);
     take(&source, EVENT_DATA_LINKED);
     hear(&source, PEER_EXPECTING, 0);
+    cr_assert_not(asks(&source, MOVER_STOP), "the VMM is not prepared");
+    done(&source, MOVER_SET_SESSION, 0);
     cr_assert_not(asks(&source, MOVER_START_PRECOPY));
     cr_assert(asks(&source, MOVER_STOP));
 }
@@ -505,13 +508,13 @@ static void answer_asks(struct world *world, struct session *session)
 
 static struct session_event chance(unsigned *seed)
 {
-    static const uint32_t whats[] = {MOVER_STOP,   MOVER_SAVE, MOVER_COMMIT, MOVER_ABORT,
-                                     MOVER_EXPECT, MOVER_LOAD, MOVER_RUN};
+    static const uint32_t whats[] = {MOVER_SET_SESSION, MOVER_STOP,   MOVER_SAVE, MOVER_COMMIT,
+                                     MOVER_ABORT,       MOVER_EXPECT, MOVER_LOAD, MOVER_RUN};
 
     return (struct session_event){.type =
                                       (enum session_event_type)(rand_r(seed) % (EVENT_LATE + 1)),
                                   .frame = (enum peer_type)(1 + rand_r(seed) % (PEER_TYPE_END - 1)),
-                                  .what = whats[rand_r(seed) % 7],
+                                  .what = whats[rand_r(seed) % 8],
                                   .value = rand_r(seed) % 3 == 0 ? -EIO : 0};
 }
 
@@ -541,6 +544,8 @@ static struct session_event usual(const struct session *session)
         {DESTINATION_RUNNING, EVENT_PROVEN, 0},
     };
 
+    if (session->state == SOURCE_LINKING && !session->prepared)
+        return (struct session_event){.type = EVENT_DONE, .what = MOVER_SET_SESSION};
     if (session->state == DESTINATION_FILLING && !session->mapped)
         return (struct session_event){.type = EVENT_MAPPED};
     for (size_t i = 0; i < sizeof(steps) / sizeof(steps[0]); i++) {

@@ -414,7 +414,7 @@ static int stop_guest(struct migration *migration, struct exchange *exchange)
     if (r < 0)
         return r;
     migration->stopping = true;
-    outgoing_stop(&migration->outgoing);
+    outgoing_stop(&migration->outgoing, exchange->request->stop.hold);
     return 0;
 }
 
@@ -473,6 +473,7 @@ static int commit(struct migration *migration, struct exchange *exchange)
     if (migration->phase != MOVER_PHASE_STOPPED)
         return -EPERM;
     migration->phase = MOVER_PHASE_COMMITTED;
+    outgoing_release(&migration->outgoing);
     return 0;
 }
 

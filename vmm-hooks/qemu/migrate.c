@@ -510,7 +510,7 @@ static int end_transfer(struct qemu_migrate *vm)
 
 /* QEMU says that a migration has ended some moments before it lets the guest run ("Migration is not
  * finalized yet"). */
-static int let_run(struct qemu_migrate *vm)
+int qemu_migrate_run(struct qemu_migrate *vm)
 {
     static const struct timespec moment = {.tv_nsec = 5000000};
     int64_t deadline_ms = now_ms() + FINALIZE_MS;
@@ -527,7 +527,7 @@ int qemu_migrate_resume(struct qemu_migrate *vm)
 
     vm->stopped = false;
     if (r == 0)
-        r = let_run(vm);
+        r = qemu_migrate_run(vm);
     if (r == 0)
         qemu_migrate_unprepare(vm);
     return r;
@@ -549,15 +549,6 @@ int qemu_migrate_load(struct qemu_migrate *vm, int fd)
         r = ask_word(vm, "query-status", "status", status);
     if (r == 0 && strcmp(status, "paused") != 0)
         r = fail(vm, -EPROTO, "the guest came, and QEMU says '%s'", status);
-    return r;
-}
-
-int qemu_migrate_run(struct qemu_migrate *vm)
-{
-    int r = let_run(vm);
-
-    if (r == 0)
-        qemu_migrate_unprepare(vm);
     return r;
 }
 

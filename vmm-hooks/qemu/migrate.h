@@ -25,7 +25,7 @@ const char *qemu_migrate_why(const struct qemu_migrate *vm);
 
 /* What can be done before the guest is stopped, or before its state has come: sets capabilities.
  * Both sides; left out, it is done when it is needed, and costs downtime. Put back by
- * qemu_migrate_resume() and qemu_migrate_run(), or by unprepare, which leaves the guest alone. */
+ * qemu_migrate_resume(), or by unprepare, which leaves the guest alone. */
 int qemu_migrate_prepare(struct qemu_migrate *vm);
 void qemu_migrate_unprepare(struct qemu_migrate *vm);
 
@@ -56,7 +56,8 @@ int qemu_migrate_check_incoming(struct qemu_migrate *vm);
  * state. -ECONNRESET: QEMU has ended over it, as it does when it can't load a state. */
 int qemu_migrate_load(struct qemu_migrate *vm, int fd);
 
-/* The guest runs. */
+/* The guest runs. (To put the capabilities back is left to the caller: a QEMU whose guest runs
+ * answers late.) */
 int qemu_migrate_run(struct qemu_migrate *vm);
 
 /* ---- either ---- */

@@ -218,8 +218,9 @@ static int expect_piece(struct incoming *incoming, const struct piece *piece, ui
         run = remote_run(piece->block, i, piece->end, false);
         r = make_remote(incoming, piece->block, i, run);
     }
-    for (uint32_t i = piece->index; i < piece->end; i++)
-        regions_clear(incoming->placed, page + (i - piece->index));
+    for (uint64_t i = page; i < page + (piece->end - piece->index); i++)
+        if (regions_test(incoming->placed, i))
+            regions_clear(incoming->placed, i);
     return r;
 }
 

@@ -51,10 +51,17 @@ void outgoing_precopy(struct outgoing *outgoing)
     set_task(outgoing, OUTGOING_PASS);
 }
 
-void outgoing_stop(struct outgoing *outgoing)
+void outgoing_stop(struct outgoing *outgoing, bool hold)
 {
+    __atomic_store_n(&outgoing->held, hold, __ATOMIC_RELEASE);
     __atomic_store_n(&outgoing->map_result, -EINPROGRESS, __ATOMIC_RELEASE);
     set_task(outgoing, OUTGOING_MAP);
+}
+
+void outgoing_release(struct outgoing *outgoing)
+{
+    __atomic_store_n(&outgoing->held, 0, __ATOMIC_RELEASE);
+    stream_wake(&outgoing->bulk);
 }
 
 int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending)

@@ -93,6 +93,7 @@ struct outgoing {
     uint32_t task;       /* enum outgoing_task: set by any thread, MAP to PUSH by bulk */
     uint32_t push_epoch; /* bulk may push on connections of this epoch; 0: on none */
     uint32_t pushing;    /* bulk is in the middle of it */
+    uint32_t held;       /* nothing is pushed that was not asked for */
     int32_t map_result;  /* -EINPROGRESS while the map is being made, else 0 or -errno */
     int64_t map_pending;
 
@@ -143,9 +144,10 @@ void outgoing_tune(struct outgoing *outgoing, const struct mover_tuning *tuning)
 /* Begins to send pass after pass. Nobody may scan or merge from now on. */
 void outgoing_precopy(struct outgoing *outgoing);
 
-/* The guest has stopped: begins to write the final map; the push follows by itself. It does not
- * wait: news is rung when it is done. */
-void outgoing_stop(struct outgoing *outgoing);
+/* The guest has stopped: begins to write the final map; the push follows by itself, unless it is to
+ * `hold` until outgoing_release(). It does not wait: news is rung when it is done. */
+void outgoing_stop(struct outgoing *outgoing, bool hold);
+void outgoing_release(struct outgoing *outgoing);
 /* 0 and how many pages are to be pushed; -EINPROGRESS: not done yet; -errno: the connection broke,
  * and what the destination knows is not known. */
 int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending);

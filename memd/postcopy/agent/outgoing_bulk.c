@@ -161,6 +161,7 @@ static int say_nothing_left(struct outgoing *outgoing)
 /* A step of the push. 1: more at once; 0: nothing to do; -errno. */
 static int push(struct outgoing *outgoing)
 {
+    bool held = __atomic_load_n(&outgoing->held, __ATOMIC_ACQUIRE);
     uint32_t epoch = outgoing->bulk.epoch;
     int r = 0;
 
@@ -168,9 +169,9 @@ static int push(struct outgoing *outgoing)
     if (__atomic_load_n(&outgoing->push_epoch, __ATOMIC_SEQ_CST) == epoch) {
         if (outgoing_is_off(outgoing, MOVER_NO_URGENT))
             r = answer_on_bulk(outgoing);
-        if (r == 0)
+        if (r == 0 && !held)
             r = send_batch(outgoing);
-        if (r == 0 && !__atomic_load_n(&outgoing->all_pushed, __ATOMIC_ACQUIRE)) {
+        if (r == 0 && !held && !__atomic_load_n(&outgoing->all_pushed, __ATOMIC_ACQUIRE)) {
             r = say_nothing_left(outgoing);
             __atomic_store_n(&outgoing->all_pushed, 1, __ATOMIC_RELEASE);
             outgoing_tell(outgoing);
@@ -223,6 +224,17 @@ static int go_on_with_pass(struct outgoing *outgoing)
 
 /* ---- the final map ---- */
 
+/* Which of the 64 pages of a word are of this kind. */
+static uint64_t of_kind(const struct outgoing *outgoing, uint64_t word, uint32_t kind)
+{
+    uint64_t pending = __atomic_load_n(&outgoing->pending[word], __ATOMIC_RELAXED);
+    uint64_t sent = __atomic_load_n(&outgoing->sent[word], __ATOMIC_RELAXED);
+
+    if (kind == WIRE_KIND_REMOTE)
+        return pending;
+    return kind == WIRE_KIND_HAVE ? sent & ~pending : ~sent & ~pending;
+}
+
 static uint32_t kind_of(const struct outgoing *outgoing, uint64_t page)
 {
     if (regions_test(outgoing->pending, page))
@@ -230,20 +242,33 @@ static uint32_t kind_of(const struct outgoing *outgoing, uint64_t page)
     return regions_test(outgoing->sent, page) ? WIRE_KIND_HAVE : WIRE_KIND_EMPTY;
 }
 
+/* The first page behind `page` that is of another kind, or `most`. */
+static uint64_t end_of_kind(const struct outgoing *outgoing, uint64_t page, uint64_t most,
+                            uint32_t kind)
+{
+    while (page < most) {
+        uint64_t others = ~of_kind(outgoing, page / 64, kind) >> page % 64;
+
+        if (others) {
+            page += (uint64_t)__builtin_ctzll(others);
+            break;
+        }
+        page = (page / 64 + 1) * 64;
+    }
+    return page < most ? page : most;
+}
+
 /* The run of one kind that begins at `page`. */
 static struct wire_run run_of_kind(const struct outgoing *outgoing, uint64_t page)
 {
-    struct wire_run run = {.page = page, .pages = 0, .kind = kind_of(outgoing, page)};
+    uint32_t kind = kind_of(outgoing, page);
+    uint64_t left = outgoing->regions.pages - page;
+    uint64_t end =
+        end_of_kind(outgoing, page, page + (left < WIRE_RUN_MAX ? left : WIRE_RUN_MAX), kind);
 
-    while (page < outgoing->regions.pages && run.pages < WIRE_RUN_MAX &&
-           kind_of(outgoing, page) == run.kind) {
-        if (run.kind == WIRE_KIND_EMPTY)
-            __atomic_store_n(&outgoing->hashes[page], proof_page(PROOF_EMPTY, page),
-                             __ATOMIC_RELAXED);
-        run.pages++;
-        page++;
-    }
-    return run;
+    for (uint64_t i = page; kind == WIRE_KIND_EMPTY && i < end; i++)
+        __atomic_store_n(&outgoing->hashes[i], proof_page(PROOF_EMPTY, i), __ATOMIC_RELAXED);
+    return (struct wire_run){.page = page, .pages = (uint32_t)(end - page), .kind = kind};
 }
 
 static int write_map(struct outgoing *outgoing)

@@ -168,42 +168,54 @@ static int pass_over(struct look *look)
 
 /* ---- the stop ---- */
 
-/* Caller holds the lock. What was listed holds bytes; is it also right at the destination? */
-static void judge(struct look *look, uint32_t index, uint64_t categories, bool tracked)
+/* Caller holds the lock. What was listed holds bytes; is it also right at the destination? Returns
+ * whether it has to be sent. */
+static bool judge(struct look *look, uint32_t index, uint64_t categories, bool tracked)
 {
     uint64_t page = look->page + (index - look->first);
+    bool sent = regions_test(look->passes->sent, page);
+    bool holds = holds_bytes(categories) || ram_place(look->block, index) == PLACE_SHARED;
+    bool stale =
+        !tracked || categories & PAGE_IS_WRITTEN || ram_captive(look->block, index) || !sent;
 
-    if (!holds_bytes(categories) && ram_place(look->block, index) != PLACE_SHARED) {
+    if (sent && (!holds || stale))
         regions_clear(look->passes->sent, page);
-        return;
-    }
-    if (!tracked || categories & PAGE_IS_WRITTEN || ram_captive(look->block, index) ||
-        !regions_test(look->passes->sent, page)) {
-        regions_clear(look->passes->sent, page);
-        regions_set(look->passes->pending, page);
+    return holds && stale;
+}
+
+/* The guest stands still until all of them are judged: their bits are set a word at a time. */
+static void judge_all(struct look *look, int count, bool tracked)
+{
+    const struct page_region *region = look->passes->regions_found, *end = region + count;
+    uint64_t at = (uintptr_t)ram_address(look->block, look->first);
+    uint64_t page = look->page, word = 0;
+
+    for (uint32_t i = look->first; i < look->end; i++, page++, at += PAGE_BYTES) {
+        bool shared = ram_place(look->block, i) == PLACE_SHARED;
+
+        while (region < end && region->end <= at)
+            region++;
+        /* In the store a page is what its place says; the mark says nothing there. */
+        if (judge(look, i, region < end && region->start <= at && !shared ? region->categories : 0,
+                  tracked))
+            word |= regions_bit(page);
+        if (page % 64 == 63 || i + 1 == look->end) {
+            __atomic_fetch_or(&look->passes->pending[page / 64], word, __ATOMIC_ACQ_REL);
+            word = 0;
+        }
     }
 }
 
 static int stop_over(struct look *look, bool tracked)
 {
-    const struct page_region *regions = look->passes->regions_found;
-    uint64_t at = (uintptr_t)ram_address(look->block, look->first);
     int count;
 
     if (tracked)
         ask_vmm(look);
     lock_take(&look->block->lock);
     count = look->block->live ? ask_kernel(look, 0, 0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED) : -ENOENT;
-    for (uint32_t i = look->first, r = 0; count >= 0 && i < look->end; i++, at += PAGE_BYTES) {
-        while (r < (uint32_t)count && regions[r].end <= at)
-            r++;
-        /* In the store a page is what its place says; the mark says nothing there. */
-        judge(look, i,
-              ram_place(look->block, i) == PLACE_SHARED       ? 0
-              : r < (uint32_t)count && regions[r].start <= at ? regions[r].categories
-                                                              : 0,
-              tracked);
-    }
+    if (count >= 0)
+        judge_all(look, count, tracked);
     lock_release(&look->block->lock);
     return count < 0 ? count : 0;
 }

@@ -191,7 +191,8 @@ struct mover_link {
 struct mover_stop {
     struct mover_header header;
     uint32_t pause; /* 1: by the pause hook; 0: the mover has stopped the VMM already */
-    uint32_t unused;
+    uint32_t hold;  /* 1: nothing is pushed before COMMIT, what is asked for is sent all the same:
+                       the CPU and the link are for the switch-over, while the guest stands still */
 };
 
 struct mover_load {

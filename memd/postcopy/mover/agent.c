@@ -60,7 +60,8 @@ static int ask_load(struct mover *mover)
 
 void agent_ask(struct mover *mover, uint32_t what)
 {
-    struct mover_stop stop = {{MOVER_STOP, sizeof(stop)}, 1, 0};
+    /* What must be there before the guest runs can't wait for that. */
+    struct mover_stop stop = {{MOVER_STOP, sizeof(stop)}, 1, !mover->start.precopy_only};
     struct mover_link unlink = {{MOVER_UNLINK, sizeof(unlink)}, 0, mover->epoch};
     int result;
 

@@ -5,11 +5,15 @@
  *   HELLO    (from the agent) gets the bits of the hooks; of a migration that has not begun, the
  *            reason for which QEMU can't be moved, if there is one
  *   SESSION  QEMU is prepared, as far as that can be done before the guest stops
- *   STOP     QEMU stops, then the agent is told that the guest has stopped
- *   SAVE     QEMU saves, the agent hears nothing of it
+ *   STOP     QEMU stops, then the agent is told that the guest has stopped; and QEMU saves while
+ *            the agent writes its map
+ *   SAVE     gets what QEMU has saved, the agent hears nothing of it
  *   LOAD     QEMU loads, while the agent serves its faults; then the agent is told that it is
- * loaded RUN      QEMU runs, then the agent is told ABORT    the agent first: once it has committed
- * it refuses, and then QEMU must not run again. After its yes a source's QEMU runs on
+ *            loaded
+ *   RUN      QEMU runs, then the agent is told, and when that was answered QEMU's capabilities are
+ *            put back: a QEMU whose guest runs may take its time
+ *   ABORT    the agent first: once it has committed it refuses, and then QEMU must not run again.
+ *            After its yes a source's QEMU runs on
  *
  * Everything else is passed on as it is. HOLD and GO too, which the agent answers with -ENOTSUP: a
  * QEMU with a vCPU in a fault does not answer its monitor before the page is there.
@@ -45,6 +49,10 @@ struct drive {
     uint32_t role;    /* enum mover_role, once HELLO has said it */
     bool touched;     /* source: QEMU has been stopped, or may have been */
     bool is_aborting; /* the agent's answer to ABORT is awaited */
+    /* What QEMU has saved and nobody has asked for yet. */
+    bool has_saved;
+    int saved_result, saved_fd; /* the fd is -1 where that failed */
+    uint64_t saved_bytes;
 };
 
 struct message {
@@ -134,6 +142,30 @@ static bool answer(const struct drive *drive, uint32_t what, int result, uint64_
 
 /* ---- requests that QEMU serves ---- */
 
+static void forget_saved(struct drive *drive)
+{
+    if (drive->has_saved && drive->saved_fd >= 0)
+        close(drive->saved_fd);
+    drive->has_saved = false;
+}
+
+static void save(struct drive *drive)
+{
+    int fd = memfd_create("memd-state", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int r = fd < 0 ? -errno : qemu_migrate_save(drive->qemu, fd);
+    off_t bytes = r == 0 ? lseek(fd, 0, SEEK_END) : 0;
+
+    if (r == 0 && (bytes <= 0 || fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0))
+        r = -EIO;
+    if (r < 0 && fd >= 0)
+        close(fd);
+    forget_saved(drive);
+    drive->has_saved = true;
+    drive->saved_result = r;
+    drive->saved_fd = r < 0 ? -1 : fd;
+    drive->saved_bytes = r < 0 ? 0 : (uint64_t)bytes;
+}
+
 static bool stop(struct drive *drive, struct message *message)
 {
     int r;
@@ -145,20 +177,18 @@ static bool stop(struct drive *drive, struct message *message)
     if (r < 0)
         return answer(drive, MOVER_STOP, r, 0, -1);
     message->stop.pause = 0;
-    return send_on(drive->agent, message);
+    if (!send_on(drive->agent, message))
+        return false;
+    save(drive);
+    return true;
 }
 
-static bool save(struct drive *drive)
+static bool give_saved(struct drive *drive)
 {
-    int fd = memfd_create("memd-state", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    int r = fd < 0 ? -errno : qemu_migrate_save(drive->qemu, fd);
-    off_t bytes = r == 0 ? lseek(fd, 0, SEEK_END) : 0;
-
-    if (r == 0 && (bytes <= 0 || fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0))
-        r = -EIO;
-    if (r < 0 && fd >= 0)
-        close(fd);
-    return answer(drive, MOVER_SAVE, r, r < 0 ? 0 : (uint64_t)bytes, r < 0 ? -1 : fd);
+    if (!drive->has_saved)
+        save(drive);
+    drive->has_saved = false;
+    return answer(drive, MOVER_SAVE, drive->saved_result, drive->saved_bytes, drive->saved_fd);
 }
 
 static bool load(struct drive *drive, struct message *message)
@@ -189,7 +219,7 @@ static bool from_mover(struct drive *drive, struct message *message)
 {
     switch (message->header.type) {
     case MOVER_STOP: return stop(drive, message);
-    case MOVER_SAVE: return save(drive);
+    case MOVER_SAVE: return give_saved(drive);
     case MOVER_LOAD: return load(drive, message);
     case MOVER_RUN: return run(drive, message);
     case MOVER_SET_SESSION: prepare(drive); break;
@@ -223,6 +253,7 @@ static void meet(struct drive *drive, struct mover_hello *hello)
 static void finish_abort(struct drive *drive, struct mover_done *done)
 {
     drive->is_aborting = false;
+    forget_saved(drive);
     if (done->result < 0 || drive->role != MOVER_SOURCE)
         return;
     if (!drive->touched) {
@@ -237,6 +268,8 @@ static bool from_agent(struct drive *drive, struct message *message)
 {
     uint32_t type = message->header.type;
     uint64_t begun = clock_now_ns();
+    bool runs = type == MOVER_DONE && message->done.what == MOVER_RUN && message->done.result == 0;
+    bool sent;
 
     if (type == MOVER_HELLO) {
         meet(drive, &message->hello);
@@ -246,7 +279,10 @@ static bool from_agent(struct drive *drive, struct message *message)
         finish_abort(drive, &message->done);
         message->done.ns += clock_now_ns() - begun;
     }
-    return send_on(drive->mover, message);
+    sent = send_on(drive->mover, message);
+    if (runs)
+        qemu_migrate_unprepare(drive->qemu);
+    return sent;
 }
 
 /* ---- the thread ---- */
@@ -269,6 +305,7 @@ static void *pass_on(void *context)
             goes_on = receive(drive->mover, &message) && from_mover(drive, &message);
         close_fd(&message);
     }
+    forget_saved(drive);
     close(drive->agent);
     close(drive->mover);
     qemu_migrate_close(drive->qemu);

@@ -113,6 +113,7 @@ static void *run(void *argument)
 
 int relay_start(struct relay *relay, struct link *link, int *ret_agent_fd)
 {
+    struct sched_param ordinary = {.sched_priority = 0};
     pthread_attr_t attributes;
     int pair[2], result;
 
@@ -126,6 +127,10 @@ int relay_start(struct relay *relay, struct link *link, int *ret_agent_fd)
     relay->clear = pair[0];
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    /* It moves bytes for as long as there are any: nobody waits for it at the mover's priority. */
+    pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
+    pthread_attr_setschedpolicy(&attributes, SCHED_OTHER);
+    pthread_attr_setschedparam(&attributes, &ordinary);
     result = pthread_create(&relay->thread, &attributes, run, relay);
     pthread_attr_destroy(&attributes);
     if (result) {

@@ -149,6 +149,10 @@ static int allow_arguments(scmp_filter_ctx filter)
     if (!result)
         result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mprotect), 1,
                                   SCMP_A2(SCMP_CMP_MASKED_EQ, PROT_EXEC, 0));
+    /* To an ordinary priority only. */
+    if (!result)
+        result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(sched_setscheduler), 1,
+                                  SCMP_A1(SCMP_CMP_EQ, SCHED_OTHER));
     /* Threads, not processes. glibc falls back to it where clone3 is not there. */
     if (!result)
         result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(clone), 1,

@@ -184,7 +184,8 @@ static void source_should_stop(struct session *session)
 
 static void source_links(struct session *session)
 {
-    if (session->state != SOURCE_LINKING || !session->data_linked || !session->expecting)
+    if (session->state != SOURCE_LINKING || !session->data_linked || !session->expecting ||
+        !session->prepared)
         return;
     session->state = SOURCE_PRECOPY;
     if (session->at_once)
@@ -269,7 +270,10 @@ static void source_done(struct session *session, uint32_t what, int result)
         return; /* there may have been no link */
     else if (result)
         source_is_refused(session, result);
-    else if (what == MOVER_STOP && session->state == SOURCE_STOPPING) {
+    else if (what == MOVER_SET_SESSION) {
+        session->prepared = true;
+        source_links(session);
+    } else if (what == MOVER_STOP && session->state == SOURCE_STOPPING) {
         session->state = SOURCE_SAVING;
         ask(session, MOVER_SAVE);
     } else if (what == MOVER_SAVE && session->state == SOURCE_SAVING) {

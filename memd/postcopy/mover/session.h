@@ -97,8 +97,9 @@ struct session {
     enum session_state state;
     enum session_outcome outcome; /* what it will be when it is over */
     bool linked;                  /* control is up, and who stands where was said */
-    bool data_linked, expecting;  /* source, LINKING: both are needed */
-    bool stopped;                 /* source: STOP was asked for */
+    bool data_linked, expecting;  /* source, LINKING: both are needed, and */
+    bool prepared; /* that the VMM is: what it does now needs no time when it stops */
+    bool stopped;  /* source: STOP was asked for */
     bool mapped, state_here, loaded, proven;
     bool all_first;   /* pure pre-copy: every page is there before the guest runs */
     bool at_once;     /* source: no pre-copy at all */
