@@ -423,6 +423,11 @@ static int may_come(struct daemon *daemon, const struct guest_request *request,
     if (same && same->death.fd < 0 && same->presence == AGENT_NONE) {
         registry_remove(same, "guest_gone", "its process has ended and its name was taken again");
         same = NULL;
+    } else if (same && same->pid == request->pid && same->uid == request->uid &&
+               same->found_again && same->presence == AGENT_NONE) {
+        /* It has not heard that it was registered: memd ended before it could say so. */
+        registry_remove(same, "guest_gone", "it registers once more");
+        same = NULL;
     }
     if (same) {
         snprintf(words, words_bytes, "a guest '%s' lives already (pid %d); choose another name",
@@ -707,6 +712,7 @@ static void restore(struct daemon *daemon, json_t *json)
     enlist(guest);
     registry_set_engine(guest, engine_from(engine), reason);
     registry_expect_hello(guest);
+    guest->found_again = true;
     if (!waiting && guest->engine == ENGINE_AGENT)
         guest->presence = AGENT_LOST;
     log_notice("guest '%s': found again, pid %d", guest->name, (int)guest->pid);

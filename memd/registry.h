@@ -62,7 +62,8 @@ struct guest {
     char qmp[GUEST_WORDS];
     enum guest_engine engine;
     bool waiting_for_hello;
-    bool daemonizes; /* another process may say hello when the one that was registered is gone */
+    bool found_again; /* by a memd that was started since: it may not know that it is registered */
+    bool daemonizes;  /* another process may say hello when the one that was registered is gone */
     char reason[GUEST_WORDS];      /* why the engine is not the agent, or what is wrong with it */
     char domain_note[GUEST_WORDS]; /* why it is not in the domain that it was meant for */
 

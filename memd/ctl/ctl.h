@@ -20,6 +20,7 @@ enum ctl_status {
     CTL_USAGE = 2,
     CTL_UNREACHABLE = 3, /* memd does not answer */
     CTL_REFUSED = 4,     /* by policy, or for lack of rights */
+    CTL_LOST = 5,        /* it ended while it was asked, and may be back soon; main: 3 */
 };
 
 #define CTL_OPTIONS_MAX     16
@@ -88,6 +89,9 @@ enum ctl_status ctl_http_stream(const char *socket, const char *path,
 /* True when memd answers at `socket`; prints nothing. *ret_status: what it says of the host, a
  * reference of the caller's, or NULL when it does not tell this user. */
 bool ctl_http_reachable(const char *socket, json_t **ret_status);
+
+/* Waits so many seconds at most for a memd that is started again; false: there is none. */
+bool ctl_http_wait(const char *socket, unsigned seconds);
 
 #define CTL_TIMEOUT_S 30L
 

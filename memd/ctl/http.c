@@ -5,10 +5,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "ctl.h"
 
 #define CONNECT_TIMEOUT_S 5L
+#define LOOK_MS           200U
 #define ANSWER_MAX_BYTES  (256UL << 20) /* memd does not say more than that; somebody else might */
 
 struct buffer {
@@ -90,7 +92,9 @@ static enum ctl_status unreachable(CURL *curl, const char *socket, CURLcode code
                 socket);
     else
         ctl_say("nobody answers at %s any more: start memd again (systemctl start memd)", socket);
-    return CTL_UNREACHABLE;
+    return code == CURLE_GOT_NOTHING || code == CURLE_RECV_ERROR || code == CURLE_SEND_ERROR
+               ? CTL_LOST
+               : CTL_UNREACHABLE;
 }
 
 static enum ctl_status take_answer(CURL *curl, const struct buffer *body, json_t **ret_answer)
@@ -253,4 +257,20 @@ bool ctl_http_reachable(const char *socket, json_t **ret_status)
     free(body.bytes);
     curl_easy_cleanup(curl);
     return code == CURLE_OK;
+}
+
+bool ctl_http_wait(const char *socket, unsigned seconds)
+{
+    static const struct timespec moment = {.tv_nsec = LOOK_MS * 1000000};
+
+    for (unsigned waited = 0; waited < seconds * 1000; waited += LOOK_MS) {
+        json_t *host = NULL;
+        bool reachable = ctl_http_reachable(socket, &host);
+
+        json_decref(host);
+        if (reachable)
+            return true;
+        nanosleep(&moment, NULL);
+    }
+    return false;
 }

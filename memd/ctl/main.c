@@ -116,7 +116,7 @@ static enum ctl_status run_command(const struct ctl_command *command, int argc, 
     if (ctl_options_read(command, argc, argv, &arguments, &status))
         status = command->run(&arguments);
     ctl_options_free(&arguments);
-    return flush(status);
+    return flush(status == CTL_LOST ? CTL_UNREACHABLE : status);
 }
 
 /* "memctl --socket PATH status" is "memctl status --socket PATH": brings the command to argv[1].

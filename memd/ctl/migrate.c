@@ -11,7 +11,6 @@
 
 #include "ctl.h"
 
-#define LOOK_MS     200
 #define MEMD_WAIT_S 60 /* for a memd that is started again meanwhile */
 
 enum { MIGRATE_PRECOPY_ONLY, MIGRATE_POSTCOPY_ONLY, MIGRATE_BANDWIDTH, MIGRATE_CANCEL };
@@ -27,13 +26,6 @@ const struct ctl_option ctl_migrate_options[] = {
     [MIGRATE_CANCEL] = {.name = "cancel", .help = "call it off, if that can still be"},
     {0},
 };
-
-static void pause_ms(long ms)
-{
-    struct timespec time = {ms / 1000, ms % 1000 * 1000000};
-
-    nanosleep(&time, NULL);
-}
 
 /* ---- what is asked for ---- */
 
@@ -129,24 +121,10 @@ static bool goes_on(const json_t *status)
     return strcmp(ctl_json_text(status, "status"), "running") == 0;
 }
 
-static enum ctl_status wait_for_memd(const char *socket)
-{
-    ctl_say("the migration goes on without memd; waiting until it is back");
-    for (long waited = 0; waited < MEMD_WAIT_S * 1000L; waited += LOOK_MS) {
-        json_t *host = NULL;
-        bool reachable = ctl_http_reachable(socket, &host);
-
-        json_decref(host);
-        if (reachable)
-            return CTL_DONE;
-        pause_ms(LOOK_MS);
-    }
-    return CTL_UNREACHABLE;
-}
-
 /* Until it is over; *ret_status is how it ended. */
 static enum ctl_status follow(const char *socket, const char *path, json_t **ret_status)
 {
+    static const struct timespec moment = {.tv_nsec = 200000000};
     bool terminal = isatty(STDERR_FILENO);
     enum ctl_status result;
 
@@ -154,8 +132,11 @@ static enum ctl_status follow(const char *socket, const char *path, json_t **ret
         json_t *status = NULL;
 
         result = ctl_http_call(socket, "GET", path, NULL, CTL_TIMEOUT_S, &status);
-        if (result == CTL_UNREACHABLE && wait_for_memd(socket) == CTL_DONE)
-            continue;
+        if (result == CTL_UNREACHABLE || result == CTL_LOST) {
+            ctl_say("the migration goes on without memd; waiting until it is back");
+            if (ctl_http_wait(socket, MEMD_WAIT_S))
+                continue;
+        }
         if (result != CTL_DONE)
             return result;
         if (!goes_on(status)) {
@@ -167,7 +148,7 @@ static enum ctl_status follow(const char *socket, const char *path, json_t **ret
         if (terminal)
             show_progress(status);
         json_decref(status);
-        pause_ms(LOOK_MS);
+        nanosleep(&moment, NULL);
     }
 }
 

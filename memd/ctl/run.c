@@ -36,6 +36,7 @@
 #define TMPFS_SUPER 0x01021994 /* TMPFS_MAGIC */
 
 #define RAM_DIRECTORY  "/dev/shm"
+#define MEMD_WAIT_S    10 /* for a memd that is started again just now */
 #define VMM_NAME_CHARS 31
 #define SHARES_MAX     1000000
 
@@ -325,8 +326,13 @@ static enum ctl_status register_guest(const struct run *run, json_t **ret_answer
         ctl_say("the VMM's name or path is no UTF-8, which memd can't take");
         return CTL_FAILED;
     }
-    status = ctl_http_call(run->arguments->socket, "POST", "/v1/guests", body, CTL_TIMEOUT_S,
-                           ret_answer);
+    /* It may have registered us or not: who asks again for itself is no second guest. */
+    do {
+        status = ctl_http_call(run->arguments->socket, "POST", "/v1/guests", body, CTL_TIMEOUT_S,
+                               ret_answer);
+        if (status == CTL_LOST)
+            ctl_say("memd has ended meanwhile; waiting until it is back");
+    } while (status == CTL_LOST && ctl_http_wait(run->arguments->socket, MEMD_WAIT_S));
     json_decref(body);
     return status;
 }

@@ -470,6 +470,34 @@ Test(host_restart, a_list_that_cannot_be_written_stops_nobody)
     world_stop(&world);
 }
 
+static int register_as(struct world *world, pid_t pid, uid_t uid)
+{
+    struct guest_request request = {.name = "a", .pid = pid, .uid = uid, .engine = ENGINE_AGENT};
+    struct guest *guest;
+    char words[256] = "";
+
+    request.wish.has_max = true;
+    return registry_add(&world->daemon, &request, &guest, words, sizeof(words));
+}
+
+/* memd was killed before it could say that it had registered it. */
+Test(host_restart, a_process_that_registers_once_more_is_no_second_guest)
+{
+    struct world world;
+
+    world_start(&world, "");
+    cr_assert_eq(register_as(&world, getpid(), 7), 0);
+    cr_assert_eq(register_as(&world, getpid(), 7), -EEXIST, "it was told");
+    daemon_stop(&world.daemon);
+    world_restart(&world, "");
+    cr_assert_eq(register_as(&world, getpid(), 8), -EEXIST, "somebody else");
+    cr_assert_eq(register_as(&world, getppid(), 7), -EEXIST, "another process");
+    cr_assert_eq(register_as(&world, getpid(), 7), 0);
+    cr_assert_eq(world.daemon.registry.count, 1);
+    cr_assert_eq(register_as(&world, getpid(), 7), -EEXIST, "it was told");
+    world_stop(&world);
+}
+
 /* The one that was registered has ended while there was no memd; the other one says hello. */
 Test(host_restart, a_vmm_that_daemonizes_while_memd_is_away_is_waited_for)
 {
