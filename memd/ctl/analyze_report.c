@@ -341,7 +341,7 @@ static void write_row(const struct analyze_report *report, FILE *file, const cha
     write_text(file, domain);
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         fprintf(file, ",%llu", (unsigned long long)numbers[i]);
-    fprintf(file, ",%.9g,", ratio_of(counts->units, ctl_analyze_kept(counts)));
+    fprintf(file, ",%.15g,", ratio_of(counts->units, ctl_analyze_kept(counts)));
     if (!report->options->no_compression)
         fprintf(file, "%llu", (unsigned long long)counts->compressed_bytes);
     fprintf(file, ",%llu\n", (unsigned long long)counts->changed);

@@ -227,7 +227,7 @@ static void unlink_both(uint32_t epoch)
 
 static int stop(uint32_t pause)
 {
-    struct mover_stop message = {{MOVER_STOP, sizeof(message)}, pause, 0};
+    struct mover_stop message = {{MOVER_STOP, sizeof(message)}, pause, 1};
 
     return ask_with(&source, &message, sizeof(message), -1);
 }

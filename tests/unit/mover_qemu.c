@@ -30,14 +30,19 @@ static int connect_monitor(void)
     return fd;
 }
 
-static void start(const char *status, const struct scripted_answer *odd, size_t odd_count)
+static void start_drive(bool takes_over)
 {
     int ends[2];
 
-    scripted_qemu_start(status, odd, odd_count);
     cr_assert(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
     agent = ends[0];
-    cr_assert(drive_qemu_start(ends[1], connect_monitor(), &mover) == 0);
+    cr_assert(drive_qemu_start(ends[1], connect_monitor(), takes_over, &mover) == 0);
+}
+
+static void start(const char *status, const struct scripted_answer *odd, size_t odd_count)
+{
+    scripted_qemu_start(status, odd, odd_count);
+    start_drive(false);
 }
 
 static void stop(void)
@@ -246,17 +251,43 @@ Test(mover_qemu, guest_that_was_not_stopped_is_left_alone_by_an_abort)
     stop();
 }
 
+/* In whatever phase its agent is by then: the map may not have been written, or the agent may have
+ * given up. */
 Test(mover_qemu, mover_that_takes_over_lets_a_stopped_guest_run)
+{
+    static const uint32_t phases[] = {MOVER_PHASE_STOPPED, MOVER_PHASE_PRECOPY, MOVER_PHASE_FRESH};
+    static const char *const stopped[] = {"paused", "postmigrate"};
+    struct mover_header header;
+
+    for (size_t i = 0; i < 6; i++) {
+        scripted_qemu_start(stopped[i % 2], NULL, 0);
+        start_drive(true);
+        cr_expect(!greet(MOVER_SOURCE, phases[i / 2]).reason[0]);
+        ask(MOVER_ABORT);
+        hear(agent, MOVER_ABORT, &header, sizeof(header));
+        cr_expect(!scripted_qemu_was_asked("cont"), "the agent may have committed");
+        answer(MOVER_ABORT, 0);
+        cr_expect(done(MOVER_ABORT, NULL).result == 0);
+        cr_expect_str_eq(scripted_qemu.status, "running", "%s, phase %u", stopped[i % 2],
+                         phases[i / 2]);
+        cr_expect(strstr(scripted_qemu_asked("migrate-set-capabilities", 0), "x-ignore-shared"),
+                  "QEMU's own migrations would leave RAM out");
+        stop();
+    }
+}
+
+Test(mover_qemu, mover_that_takes_over_leaves_a_committed_guest_alone)
 {
     struct mover_header header;
 
-    start("paused", NULL, 0);
-    cr_expect(!greet(MOVER_SOURCE, MOVER_PHASE_STOPPED).reason[0]);
+    scripted_qemu_start("postmigrate", NULL, 0);
+    start_drive(true);
+    greet(MOVER_SOURCE, MOVER_PHASE_COMMITTED);
     ask(MOVER_ABORT);
     hear(agent, MOVER_ABORT, &header, sizeof(header));
-    answer(MOVER_ABORT, 0);
-    cr_expect(done(MOVER_ABORT, NULL).result == 0);
-    cr_expect_str_eq(scripted_qemu.status, "running");
+    answer(MOVER_ABORT, -EPERM);
+    cr_expect(done(MOVER_ABORT, NULL).result == -EPERM);
+    cr_expect(!scripted_qemu_was_asked("cont"), "it was let run after it was committed");
     stop();
 }
 
@@ -280,6 +311,7 @@ Test(mover_qemu, guest_that_can_not_be_stopped)
 Test(mover_qemu, state_is_loaded_before_the_agent_hears_of_it)
 {
     struct mover_load load = {.header = {MOVER_LOAD, sizeof(load)}, .bytes = 5};
+    struct mover_proven proven = {.header = {MOVER_PROVEN, sizeof(proven)}};
     int fd = memfd_create("state", MFD_CLOEXEC);
     struct mover_header header;
 
@@ -297,8 +329,9 @@ Test(mover_qemu, state_is_loaded_before_the_agent_hears_of_it)
     cr_expect_str_eq(scripted_qemu.status, "running");
     answer(MOVER_RUN, 0);
     cr_expect(done(MOVER_RUN, NULL).result == 0);
-    ask(MOVER_HOLD);
-    hear(agent, MOVER_HOLD, &header, sizeof(header));
+    cr_expect_str_eq(scripted_qemu_asked("migrate-set-capabilities", 1), "", "pages are to come");
+    say(agent, &proven, sizeof(proven), -1);
+    hear(mover, MOVER_PROVEN, &proven, sizeof(proven));
     cr_expect(strstr(scripted_qemu_asked("migrate-set-capabilities", 1), "multifd"),
               "what was changed was not put back");
     stop();

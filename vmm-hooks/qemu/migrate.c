@@ -36,9 +36,11 @@
 #include "cmdline.h"
 #include "qmp.h"
 
-#define COMMAND_MS  5000  /* a monitor answers in a millisecond; a busy host takes longer */
-#define TRANSFER_MS 30000 /* 0.3 MB take 10 ms, 64 MB of video memory on a busy host a second */
-#define FINALIZE_MS 5000  /* it is done within milliseconds; a busy host takes longer */
+#define COMMAND_MS 5000 /* a monitor answers in a millisecond; a busy host takes longer */
+#define TRANSFER_MS                                                                                \
+    15000                /* 0.3 MB take 10 ms, 64 MB of video memory on a busy host a second. What \
+                          * the agent says meanwhile (each 100 ms) fits into its socket for 28 s */
+#define FINALIZE_MS 5000 /* it is done within milliseconds; a busy host takes longer */
 #define FD_NAME     "memd-state"
 #define PATH_CHARS  108
 #define WHY_CHARS   320
@@ -379,6 +381,13 @@ void qemu_migrate_unprepare(struct qemu_migrate *vm)
     }
 }
 
+void qemu_migrate_inherit(struct qemu_migrate *vm)
+{
+    if (!vm->capabilities)
+        vm->capabilities = json_pack("[{s:s, s:b}, {s:s, s:b}]", "capability", "x-ignore-shared",
+                                     "state", 0, "capability", "events", "state", 0);
+}
+
 /* ---- the state on its way ---- */
 
 static int give_descriptor(struct qemu_migrate *vm, int fd)
@@ -441,6 +450,15 @@ static int check_nothing_moved(struct qemu_migrate *vm)
 }
 
 /* ---- the source ---- */
+
+bool qemu_migrate_is_stopped(struct qemu_migrate *vm)
+{
+    char status[32];
+
+    return ask_word(vm, "query-status", "status", status) == 0 &&
+           (strcmp(status, "paused") == 0 || strcmp(status, "postmigrate") == 0 ||
+            strcmp(status, "finish-migrate") == 0);
+}
 
 int qemu_migrate_stop(struct qemu_migrate *vm)
 {

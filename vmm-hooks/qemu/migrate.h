@@ -10,6 +10,8 @@
 #ifndef MEMD_QEMU_MIGRATE_H
 #define MEMD_QEMU_MIGRATE_H
 
+#include <stdbool.h>
+
 struct qemu_migrate;
 
 /* A QEMU with a monitor at this path; it is connected to when it is first asked something, and
@@ -28,11 +30,17 @@ const char *qemu_migrate_why(const struct qemu_migrate *vm);
  * qemu_migrate_resume(), or by unprepare, which leaves the guest alone. */
 int qemu_migrate_prepare(struct qemu_migrate *vm);
 void qemu_migrate_unprepare(struct qemu_migrate *vm);
+/* Another process has prepared it, and died: unprepare and resume put QEMU's defaults back, so that
+ * no migration of QEMU's own leaves the guest's RAM out. */
+void qemu_migrate_inherit(struct qemu_migrate *vm);
 
 /* ---- the source ---- */
 
 /* Can it be moved at all? Changes nothing. -ENOTSUP: no, and why not. */
 int qemu_migrate_check(struct qemu_migrate *vm);
+
+/* Does it stand still, as after a stop or a save? False also when QEMU does not say. */
+bool qemu_migrate_is_stopped(struct qemu_migrate *vm);
 
 /* Stops the guest: no vCPU runs and no I/O to its memory is under way. */
 int qemu_migrate_stop(struct qemu_migrate *vm);

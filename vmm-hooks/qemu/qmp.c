@@ -29,7 +29,8 @@ static int64_t now_ms(void)
     return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-/* Waits until the socket is ready for `events`, or the deadline has passed. */
+/* Waits until the socket is ready for `events`. Once the deadline has passed it is too late, ready
+ * or not: who talks without end would be listened to without end. */
 static int wait_for(const struct qmp *qmp, short events, int64_t deadline_ms)
 {
     struct pollfd poller = {.fd = qmp->fd, .events = events};
@@ -38,7 +39,9 @@ static int wait_for(const struct qmp *qmp, short events, int64_t deadline_ms)
 
     do {
         left = deadline_ms - now_ms();
-        ready = poll(&poller, 1, left > 0 ? (int)left : 0);
+        if (left <= 0)
+            return -ETIMEDOUT;
+        ready = poll(&poller, 1, (int)left);
     } while (ready < 0 && errno == EINTR);
     if (ready < 0)
         return -errno;

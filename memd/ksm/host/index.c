@@ -72,8 +72,8 @@ static void move_tail(struct ksm_bucket *from, uint32_t first, struct ksm_bucket
 {
     uint32_t count = from->used - first;
 
-    if (!to->marks)
-        return; /* no room: there is nothing to move */
+    if (count == 0 || !to->marks)
+        return; /* (who has something to move has made room) */
     memcpy(to->marks + to->used, from->marks + first, count);
     memcpy(refs_of(to) + to->used, refs_of(from) + first, count * sizeof(uint32_t));
     to->used += count;

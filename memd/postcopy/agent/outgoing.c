@@ -53,14 +53,14 @@ void outgoing_precopy(struct outgoing *outgoing)
 
 void outgoing_stop(struct outgoing *outgoing, bool hold)
 {
-    __atomic_store_n(&outgoing->held, hold, __ATOMIC_RELEASE);
+    __atomic_store_n(&outgoing->push_waits, hold, __ATOMIC_RELEASE);
     __atomic_store_n(&outgoing->map_result, -EINPROGRESS, __ATOMIC_RELEASE);
     set_task(outgoing, OUTGOING_MAP);
 }
 
 void outgoing_release(struct outgoing *outgoing)
 {
-    __atomic_store_n(&outgoing->held, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&outgoing->push_waits, 0, __ATOMIC_RELEASE);
     stream_wake(&outgoing->bulk);
 }
 

@@ -16,6 +16,9 @@
  * The pusher follows the faults: it goes on where the last request was. Requests at a steady
  * stride (1 is a sequence) are answered ahead of their being made, up to 16 pages.
  *
+ * While the guest stands still the push may be told to wait: CPU and link are for the switch-over
+ * then, and for the pages that the destination's VMM asks for while it loads.
+ *
  * After a cut nothing is assumed of what was sent: the destination says what it has (HAVE), and the
  * rest becomes pending again. Until all of that was heard nothing is pushed.
  *
@@ -93,7 +96,7 @@ struct outgoing {
     uint32_t task;       /* enum outgoing_task: set by any thread, MAP to PUSH by bulk */
     uint32_t push_epoch; /* bulk may push on connections of this epoch; 0: on none */
     uint32_t pushing;    /* bulk is in the middle of it */
-    uint32_t held;       /* nothing is pushed that was not asked for */
+    uint32_t push_waits; /* for outgoing_release(): only what is asked for is sent */
     int32_t map_result;  /* -EINPROGRESS while the map is being made, else 0 or -errno */
     int64_t map_pending;
 
@@ -126,7 +129,6 @@ struct outgoing {
     uint64_t detour_at, detour_end; /* the neighbourhood of a fault */
     uint64_t pass_began_ns;
     uint64_t paid_until_ns; /* of the bandwidth limit */
-    bool told_nothing_left;
 };
 
 /* Room and threads for a migration from here of the RAM that there is now. `news_fd` is an eventfd

@@ -161,7 +161,7 @@ static int say_nothing_left(struct outgoing *outgoing)
 /* A step of the push. 1: more at once; 0: nothing to do; -errno. */
 static int push(struct outgoing *outgoing)
 {
-    bool held = __atomic_load_n(&outgoing->held, __ATOMIC_ACQUIRE);
+    bool waits = __atomic_load_n(&outgoing->push_waits, __ATOMIC_ACQUIRE);
     uint32_t epoch = outgoing->bulk.epoch;
     int r = 0;
 
@@ -169,9 +169,9 @@ static int push(struct outgoing *outgoing)
     if (__atomic_load_n(&outgoing->push_epoch, __ATOMIC_SEQ_CST) == epoch) {
         if (outgoing_is_off(outgoing, MOVER_NO_URGENT))
             r = answer_on_bulk(outgoing);
-        if (r == 0 && !held)
+        if (r == 0 && !waits)
             r = send_batch(outgoing);
-        if (r == 0 && !held && !__atomic_load_n(&outgoing->all_pushed, __ATOMIC_ACQUIRE)) {
+        if (r == 0 && !waits && !__atomic_load_n(&outgoing->all_pushed, __ATOMIC_ACQUIRE)) {
             r = say_nothing_left(outgoing);
             __atomic_store_n(&outgoing->all_pushed, 1, __ATOMIC_RELEASE);
             outgoing_tell(outgoing);

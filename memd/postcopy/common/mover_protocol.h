@@ -24,7 +24,7 @@
  * the role or the phase is answered by -EPERM and changes nothing. Requests that call the VMM
  * (STOP, SAVE, LOAD, RUN, HOLD, GO) take as long as the VMM does; nothing else is served meanwhile.
  * STOP is the one that may be overtaken: while the map is being written UNLINK and ABORT are
- * served, and end it.
+ * served, and end it (where QEMU is saved meanwhile, when that is done: drive_qemu.h).
  *
  * The usual order.  Source: SESSION, LINK x 2, [PRECOPY], STOP, SAVE, COMMIT. Destination: SESSION,
  * LINK x 2, EXPECT, (MAPPED), LOAD, RUN. LINK before EXPECT is fine: the destination reads nothing
@@ -62,7 +62,7 @@ enum mover_phase {
     MOVER_PHASE_FRESH = 0,
     /* source */
     MOVER_PHASE_PRECOPY = 1,   /* the guest runs, its writes are tracked, passes are sent */
-    MOVER_PHASE_STOPPED = 2,   /* the final map is written; what is left is being pushed */
+    MOVER_PHASE_STOPPED = 2,   /* the final map is written; what is left is pushed, or waits */
     MOVER_PHASE_COMMITTED = 3, /* the guest never runs here again */
     /* destination */
     MOVER_PHASE_EXPECTING = 4, /* all RAM is remote */
@@ -200,7 +200,7 @@ struct mover_load {
     uint64_t bytes;
 };
 
-/* How far it is: each 100 ms while pages move, and at the end of each pre-copy pass. */
+/* How far it is: each 100 ms from SESSION on, and at the end of each pre-copy pass. */
 struct mover_progress {
     struct mover_header header;
     uint32_t phase;

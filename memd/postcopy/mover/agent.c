@@ -237,9 +237,10 @@ static void take_done(struct mover *mover, const uint8_t *message, size_t bytes,
 static void take_progress(struct mover *mover, const uint8_t *message, size_t bytes)
 {
     struct mover_progress *progress = &mover->progress;
+    uint64_t left = progress->pages_left;
 
     take(progress, sizeof(*progress), message, bytes);
-    if (mover->session.state == SOURCE_OFFERED)
+    if (mover->session.state == SOURCE_OFFERED && progress->pages_left < left)
         mover->late_ns = mover->now_ns + 60 * NS_PER_S; /* pages still move */
     if (mover->session.state != SOURCE_PRECOPY || !progress->pass_ended)
         return;

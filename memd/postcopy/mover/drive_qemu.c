@@ -10,8 +10,9 @@
  *   SAVE     gets what QEMU has saved, the agent hears nothing of it
  *   LOAD     QEMU loads, while the agent serves its faults; then the agent is told that it is
  *            loaded
- *   RUN      QEMU runs, then the agent is told, and when that was answered QEMU's capabilities are
- *            put back: a QEMU whose guest runs may take its time
+ *   RUN      QEMU runs, then the agent is told
+ *   PROVEN   (from the destination's agent) QEMU's capabilities are put back. Not before: a QEMU
+ *            that waits for a page answers late, and the page may wait for a new link
  *   ABORT    the agent first: once it has committed it refuses, and then QEMU must not run again.
  *            After its yes a source's QEMU runs on
  *
@@ -47,6 +48,7 @@ struct drive {
     int agent, mover;
     struct qemu_migrate *qemu;
     uint32_t role;    /* enum mover_role, once HELLO has said it */
+    bool takes_over;  /* from a mover that has died, with what that has done to QEMU */
     bool touched;     /* source: QEMU has been stopped, or may have been */
     bool is_aborting; /* the agent's answer to ABORT is awaited */
     /* What QEMU has saved and nobody has asked for yet. */
@@ -241,12 +243,25 @@ static void judge(struct drive *drive, struct mover_hello *hello)
         snprintf(hello->reason, sizeof(hello->reason), "%s", qemu_migrate_why(drive->qemu));
 }
 
+/* The mover before may have stopped QEMU, and the agent not know it: it has not written its map, or
+ * has given the migration up meanwhile. Whoever else has stopped a guest that moves has done it at
+ * the wrong time. */
+static bool was_touched(const struct drive *drive, const struct mover_hello *hello)
+{
+    if (hello->role != MOVER_SOURCE || hello->phase == MOVER_PHASE_COMMITTED)
+        return false;
+    return hello->phase == MOVER_PHASE_STOPPED ||
+           (drive->takes_over && qemu_migrate_is_stopped(drive->qemu));
+}
+
 static void meet(struct drive *drive, struct mover_hello *hello)
 {
     drive->role = hello->role;
-    drive->touched = hello->role == MOVER_SOURCE && hello->phase == MOVER_PHASE_STOPPED;
+    drive->touched = was_touched(drive, hello);
     hello->hooks |= MOVER_CAN_PAUSE | MOVER_CAN_SAVE;
-    if (hello->phase == MOVER_PHASE_FRESH)
+    if (drive->takes_over)
+        qemu_migrate_inherit(drive->qemu);
+    else if (hello->phase == MOVER_PHASE_FRESH)
         judge(drive, hello);
 }
 
@@ -268,8 +283,6 @@ static bool from_agent(struct drive *drive, struct message *message)
 {
     uint32_t type = message->header.type;
     uint64_t begun = clock_now_ns();
-    bool runs = type == MOVER_DONE && message->done.what == MOVER_RUN && message->done.result == 0;
-    bool sent;
 
     if (type == MOVER_HELLO) {
         meet(drive, &message->hello);
@@ -278,11 +291,10 @@ static bool from_agent(struct drive *drive, struct message *message)
     } else if (type == MOVER_DONE && message->done.what == MOVER_ABORT && drive->is_aborting) {
         finish_abort(drive, &message->done);
         message->done.ns += clock_now_ns() - begun;
+    } else if (type == MOVER_PROVEN && drive->role == MOVER_DESTINATION) {
+        qemu_migrate_unprepare(drive->qemu); /* before: the mover may end when it has heard it */
     }
-    sent = send_on(drive->mover, message);
-    if (runs)
-        qemu_migrate_unprepare(drive->qemu);
-    return sent;
+    return send_on(drive->mover, message);
 }
 
 /* ---- the thread ---- */
@@ -328,7 +340,7 @@ static int start_thread(struct drive *drive)
     return r;
 }
 
-int drive_qemu_start(int agent, int qmp, int *ret_mover)
+int drive_qemu_start(int agent, int qmp, bool takes_over, int *ret_mover)
 {
     struct drive *drive = calloc(1, sizeof(*drive));
     int ends[2] = {-1, -1};
@@ -341,6 +353,7 @@ int drive_qemu_start(int agent, int qmp, int *ret_mover)
     if (r == 0 && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
         r = -errno;
     drive->agent = agent;
+    drive->takes_over = takes_over;
     drive->mover = ends[1];
     if (r == 0)
         r = start_thread(drive);

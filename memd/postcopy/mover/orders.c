@@ -111,7 +111,7 @@ int orders_drive_monitor(struct mover *mover)
     if (agent < 0 || monitor < 0)
         return 0;
     mover->agent = mover->monitor = -1;
-    return drive_qemu_start(agent, monitor, &mover->agent);
+    return drive_qemu_start(agent, monitor, mover->start.takes_over, &mover->agent);
 }
 
 /* fds: the agent's socket, and perhaps the monitor's. */
