@@ -2,6 +2,7 @@
 """Guests of a stock QEMU that move between two memds: QEMU carries the state of its devices, memd all of
 the memory."""
 import os
+import signal
 
 from lab import Failure, Lab, wait_for
 from lab.qmp import Qmp, qmp_devices
@@ -93,3 +94,25 @@ def stock_qemu_guest_that_can_not_go_is_left_alone():
         _, guest = hosts.completes()
         guest.report()
     two_qemus(stays)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_outlives_a_mover_that_is_killed_while_it_stands_still():
+    """What the mover has done to QEMU is known to nobody: the next one finds out."""
+    def outlives(hosts):
+        hosts.start()
+        monitor = Qmp(hosts.test_monitor)
+        hosts.begin("--postcopy-only")
+        mover = wait_for("its mover", lambda: hosts.source.guest_status(hosts.name)["migration"] and
+                         hosts.status_at(hosts.source)["pid"], 30, 0.01)
+        while not any(event["event"] == "STOP" for event in monitor.events):
+            monitor.run("query-status")
+        os.kill(mover, signal.SIGKILL)
+        status, report, why = hosts.end()
+        if status == 0:  # it was too late, or it was begun again
+            hosts.arrived().report()
+        elif report.get("status") != "failed_source_runs":
+            raise Failure(f"memctl migrate ended with {status}: {why} {report}")
+        else:
+            hosts.nothing_arrived()
+    two_qemus(outlives)
