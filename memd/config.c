@@ -691,6 +691,19 @@ int config_load(const char *path, struct config *ret_config, char *error)
     return 0;
 }
 
+/* It may still come: no reason to refuse the file. */
+static void say_what_is_missing(const char *what, const char *path, int mode,
+                                void (*say)(const char *words))
+{
+    char words[CONFIG_WORD_BYTES + 128];
+
+    if (!path[0] || access(path, mode) == 0)
+        return;
+    snprintf(words, sizeof(words), "%s: %s: %s: no guest can move with that", what, path,
+             strerror(errno));
+    say(words);
+}
+
 void config_say_what_waits(const struct config *config, void (*say)(const char *words))
 {
     bool promised = false, weighed = false;
@@ -698,7 +711,13 @@ void config_say_what_waits(const struct config *config, void (*say)(const char *
     for (size_t i = 0; i < config->guest_count; i++) {
         promised |= config->guests[i].has_max;
         weighed |= config->guests[i].has_shares;
+        say_what_is_missing("incoming of a guest",
+                            config->guests[i].incoming_count ? config->guests[i].incoming[0] : "",
+                            X_OK, say);
     }
+    say_what_is_missing("tls_cert", config->tls_cert, R_OK, say);
+    say_what_is_missing("tls_key", config->tls_key, R_OK, say);
+    say_what_is_missing("tls_ca", config->tls_ca, R_OK, say);
     if (config->vault_set)
         say("[vault] has no effect: this version of memd evicts nothing yet");
     if (promised)

@@ -477,6 +477,11 @@ static enum MHD_Result delete_guest(struct request *request)
     guest = named_guest(request);
     if (!guest)
         return answer_no_guest(request);
+    /* Half of its memory may be at another host, and it must not run on here. */
+    if (migration_moves(daemon, guest->name))
+        return answer_error(request, MHD_HTTP_CONFLICT,
+                            "it moves from one host to another: wait for that, or call it off "
+                            "(memctl migrate --cancel)");
     if (guest->presence == AGENT_NONE) {
         registry_remove(guest, "detached", "detached; it shared nothing through an agent");
         return answer(request, MHD_HTTP_OK, json_pack("{s:s}", "detached", request->name));
@@ -488,7 +493,6 @@ static enum MHD_Result delete_guest(struct request *request)
         return answer_error(request, MHD_HTTP_SERVICE_UNAVAILABLE,
                             "its agent is not connected: its pages can't be made private now; the "
                             "guest runs on, try again when memctl guest shows its agent");
-    (void)daemon;
     request->phase = PHASE_DETACHING;
     request->deadline_ns = loop_now(&request->control->daemon->loop) + DETACH_WAIT_S * NS_PER_S;
     suspend(request);

@@ -28,18 +28,20 @@
 #include "host.h"
 #include "log.h"
 
-#define NS_PER_S     1000000000ULL
-#define NS_PER_MS    1000000ULL
-#define RECORDS_FILE "migrations.json"
-#define RECORDS_MAX  64U /* that are over */
-#define UNKNOWN_MAX  16U /* peers that have not said yet who they are */
-#define ACCEPT_TURN  8
-#define ARRIVAL_S    30U /* for the VMM to start and its agent to say hello */
-#define ARRIVAL_LOOK (50 * NS_PER_MS)
-#define RETRY_NS     (200 * NS_PER_MS)
-#define TRIES_MOST   5U
-#define DEATHS_MOST  20U
-#define UNTOLD_MOST  3U /* deaths of movers that never said a word: nothing has begun */
+#define NS_PER_S         1000000000ULL
+#define NS_PER_MS        1000000ULL
+#define RECORDS_FILE     "migrations.json"
+#define RECORDS_MAX      64U /* that are over */
+#define UNKNOWN_MAX      16U /* peers that have not said yet who they are */
+#define ACCEPT_TURN      8
+#define STRANGER_WORDS_S 10U /* a line in so many seconds */
+#define ARRIVAL_S        30U /* for the VMM to start and its agent to say hello */
+#define ARRIVAL_MORE_S   5U  /* after a block of RAM: for the next */
+#define ARRIVAL_LOOK     (50 * NS_PER_MS)
+#define RETRY_NS         (200 * NS_PER_MS)
+#define TRIES_MOST       5U
+#define DEATHS_MOST      20U
+#define UNTOLD_MOST      3U /* deaths of movers that never said a word: nothing has begun */
 
 static const char *const stage_names[ORDER_STAGE_COUNT] = {"prepare", "precopy", "switch",
                                                            "postcopy", "done"};
@@ -214,10 +216,19 @@ static bool is_empty_shell(const struct migration *migration)
                              : outcome == ORDER_SOURCE_RUNS || outcome == ORDER_CANCELLED;
 }
 
-/* Somebody came and never said which guest it is about: not worth a line for each. */
+/* Somebody came and never said which guest it is about: not worth a line for each, but an operator
+ * whose certificates don't fit has to see it. */
 static void let_stranger_go(struct migration *migration)
 {
-    log_detail("%s had no guest to bring: %s", migration->peer, words_of(migration));
+    struct daemon *daemon = migration->daemon;
+    uint64_t now = loop_now(&daemon->loop);
+
+    if (now >= daemon->migrations.next_stranger_ns)
+        log_warning("%s had no guest to bring: %s", migration->peer, words_of(migration));
+    else
+        log_detail("%s had no guest to bring: %s", migration->peer, words_of(migration));
+    if (now >= daemon->migrations.next_stranger_ns)
+        daemon->migrations.next_stranger_ns = now + STRANGER_WORDS_S * NS_PER_S;
     mover_process_say(migration, ORDER_FORGET);
     if (!migration->pid)
         forget(migration);
@@ -339,14 +350,19 @@ static void refuse(struct migration *migration, int error, const char *words)
                 words);
 }
 
-static bool moves_here(const struct daemon *daemon, const char *name,
-                       const struct migration *except)
+static bool moves_otherwise(const struct daemon *daemon, const char *name,
+                            const struct migration *except)
 {
     for (const struct migration *one = daemon->migrations.first; one; one = one->next) {
         if (one != except && !one->over && strcmp(one->start.name, name) == 0)
             return true;
     }
     return false;
+}
+
+bool migration_moves(const struct daemon *daemon, const char *name)
+{
+    return moves_otherwise(daemon, name, NULL);
 }
 
 void migration_heard_need(struct migration *migration, const struct order_need_guest *need)
@@ -365,7 +381,7 @@ void migration_heard_need(struct migration *migration, const struct order_need_g
     }
     migration->arrival_pages = need->pages;
     migration->arrival_deadline_ns = loop_now(&daemon->loop) + ARRIVAL_S * NS_PER_S;
-    if (moves_here(daemon, migration->start.name, migration)) {
+    if (moves_otherwise(daemon, migration->start.name, migration)) {
         refuse(migration, -EBUSY, "a guest of this name is on its way already");
         return;
     }
@@ -398,6 +414,10 @@ static void look_for_arrival(struct loop_timer *timer)
     if (!guest) {
         refuse(migration, -ESRCH, "the VMM that was started for it has ended");
         return;
+    }
+    if (guest->account.managed_pages != migration->arrived_pages) {
+        migration->arrived_pages = guest->account.managed_pages;
+        migration->arrival_deadline_ns = now + ARRIVAL_MORE_S * NS_PER_S;
     }
     if (guest->account.managed_pages < migration->arrival_pages &&
         now < migration->arrival_deadline_ns) {
@@ -497,7 +517,7 @@ static int check(const struct guest *guest, char *words, size_t words_bytes)
     const struct daemon *daemon = guest->daemon;
     const struct config *config = &daemon->config;
 
-    if (moves_here(daemon, guest->name, NULL)) {
+    if (migration_moves(daemon, guest->name)) {
         snprintf(words, words_bytes, "guest '%s' moves already", guest->name);
         return -EBUSY;
     }

@@ -56,7 +56,7 @@ struct migration {
 
     /* destination: the guest's VMM is being started */
     struct loop_timer arrival;
-    uint64_t arrival_pages, arrival_deadline_ns;
+    uint64_t arrival_pages, arrived_pages, arrival_deadline_ns;
 
     struct migration *next;
 };
@@ -70,8 +70,9 @@ struct migrations {
      * moment, and would keep the port from the next one. */
     struct loop_watch arrivals;
     char listens_at[CONFIG_WORD_BYTES];
-    bool full;        /* and it has been said */
-    uint32_t unknown; /* destinations whose mover has not said yet which guest it is */
+    uint64_t next_stranger_ns; /* when one is worth a line again */
+    bool full;                 /* and it has been said */
+    uint32_t unknown;          /* destinations whose mover has not said yet which guest it is */
 };
 
 int migration_start(struct daemon *daemon);
@@ -90,6 +91,8 @@ int migration_begin(struct guest *guest, const struct migration_request *request
                     size_t words_bytes);
 /* -ENOENT: this guest does not move; -EBUSY: it can't be called off any more. */
 int migration_cancel(struct daemon *daemon, const char *name, char *words, size_t words_bytes);
+/* Does it move, to this host or from it? */
+bool migration_moves(const struct daemon *daemon, const char *name);
 /* The latest migration of the guest, a new reference; NULL: there is none. */
 json_t *migration_status(const struct daemon *daemon, const char *name);
 

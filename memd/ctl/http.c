@@ -10,7 +10,7 @@
 #include "ctl.h"
 
 #define CONNECT_TIMEOUT_S 5L
-#define LOOK_MS           200U
+#define LOOK_MS           200L
 #define ANSWER_MAX_BYTES  (256UL << 20) /* memd does not say more than that; somebody else might */
 
 struct buffer {
@@ -263,7 +263,7 @@ bool ctl_http_wait(const char *socket, unsigned seconds)
 {
     static const struct timespec moment = {.tv_nsec = LOOK_MS * 1000000};
 
-    for (unsigned waited = 0; waited < seconds * 1000; waited += LOOK_MS) {
+    for (long waited = 0; waited < seconds * 1000L; waited += LOOK_MS) {
         json_t *host = NULL;
         bool reachable = ctl_http_reachable(socket, &host);
 

@@ -343,6 +343,22 @@ def mover_that_says_nothing_and_dies_ends_the_migration():
 
 
 @live_test([AGENT, MEMVM])
+def guest_that_moves_is_not_detached_and_what_is_left_of_it_not_saved():
+    with two_hosts() as hosts:
+        saved = os.path.join(hosts.source.directory, "saved")
+        hosts.start(save=saved)
+        hosts.begin("--postcopy-only", "--bandwidth", "1M")
+        hosts.wait_stage("postcopy")
+        for lab in (hosts.source, hosts.destination):
+            status, said, why = lab.memctl("detach", hosts.name)
+            if status != 4 or "it moves" not in why:
+                raise Failure(f"memctl detach ended with {status}: {said} {why}")
+        hosts.completes()[1].report()
+        if os.path.exists(saved):
+            raise Failure("the VMM that it left has saved it: it could run twice")
+
+
+@live_test([AGENT, MEMVM])
 def cancelled_migration_leaves_the_guest_where_it_is():
     with two_hosts() as hosts:
         hosts.start()

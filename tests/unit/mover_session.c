@@ -150,6 +150,24 @@ Test(mover_session, post_copy_alone_stops_at_once)
     cr_assert(asks(&source, MOVER_STOP));
 }
 
+Test(mover_session, a_destination_that_has_given_up_need_not_be_told)
+{
+    static const enum peer_type frames[] = {PEER_ABORT, PEER_REFUSED};
+
+    for (int i = 0; i < 2; i++) {
+        struct session source;
+
+        bring_source(&source, SOURCE_OFFERED);
+        hear(&source, frames[i], -EIO);
+        cr_assert(asks(&source, MOVER_ABORT));
+        cut(&source);
+        done(&source, MOVER_ABORT, 0);
+        cr_assert_eq(source.state, SESSION_OVER, "it tries to reach it in %s",
+                     session_state_name(source.state));
+        cr_assert_eq(source.outcome, OUTCOME_SOURCE_RUNS);
+    }
+}
+
 Test(mover_session, cut_before_commit_leaves_the_guest_at_the_source)
 {
     for (enum session_state at = SOURCE_CONNECTING; at < SOURCE_COMMITTING; at++) {

@@ -35,15 +35,20 @@ static int on_pause(void *opaque)
 
 static int on_resume(void *opaque)
 {
-    machine_resume(opaque);
+    struct machine *machine = opaque;
+
+    machine->leaving = false;
+    machine_resume(machine);
     return 0;
 }
 
 static int on_save(void *opaque, struct memd_stream *stream)
 {
+    struct machine *machine = opaque;
     struct machine_state *state = malloc(sizeof(*state));
-    int r = state ? state_save(opaque, state) : -ENOMEM;
+    int r = state ? state_save(machine, state) : -ENOMEM;
 
+    machine->leaving = true;
     if (r == 0)
         r = memd_stream_write(stream, state, state_bytes(state->cpu_count));
     free(state);

@@ -65,6 +65,7 @@ struct machine {
     /* Under the lock. */
     uint32_t pauses; /* how many want it paused */
     bool incoming;   /* its state has still to come */
+    bool leaving;    /* its state was given to memd for another host, and it was not let go on */
     bool started, ended;
     int exit_status;
 };

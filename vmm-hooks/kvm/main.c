@@ -37,6 +37,7 @@ struct options {
     uint32_t cpus;
     const char *serial, *save, *load;
     bool incoming;
+    bool sized;      /* --memory or --cpus */
     bool lazy;       /* --restore: what is loaded runs before its memory was read */
     char **operands; /* the image, then the words for it */
 };
@@ -65,7 +66,7 @@ static bool read_memory(struct options *options, const char *text)
 
     if (preset_size(text, &bytes) < 0 || bytes % MEMORY_PAGE_BYTES || bytes <= ADDRESS_KERNEL ||
         bytes > ADDRESS_RAM_END) {
-        fprintf(stderr, "memvm: --memory: '%s' is no size from 1M to 3G\n", text);
+        fprintf(stderr, "memvm: --memory: '%s' is no size above 1M, up to 3G\n", text);
         return false;
     }
     options->memory_bytes = bytes;
@@ -88,8 +89,8 @@ static bool read_cpus(struct options *options, const char *text)
 static bool read_option(struct options *options, int option)
 {
     switch (option) {
-    case 'm': return read_memory(options, optarg);
-    case 'c': return read_cpus(options, optarg);
+    case 'm': options->sized = true; return read_memory(options, optarg);
+    case 'c': options->sized = true; return read_cpus(options, optarg);
     case 'o': options->serial = optarg; return true;
     case 's': options->save = optarg; return true;
     case 'l': options->load = optarg; return true;
@@ -109,7 +110,9 @@ static bool check_origin(const struct options *options)
 {
     bool image = options->operands[0];
 
-    if (options->incoming && options->load)
+    if (options->load && options->sized)
+        fputs("memvm: what is saved has its own memory and vCPUs\n", stderr);
+    else if (options->incoming && options->load)
         fputs("memvm: --incoming or a saved machine?\n", stderr);
     else if (image && (options->load || options->incoming))
         fputs("memvm: what is saved or moved here brings its own image and words\n", stderr);
@@ -229,13 +232,15 @@ static bool bring_input(struct machine *machine, size_t room)
     return got > 0 || (got < 0 && (errno == EINTR || errno == EAGAIN));
 }
 
-/* A machine that is incoming still has nothing to be saved. */
+/* A machine that is incoming still has nothing to be saved. One that is leaving may run at another
+ * host: saved here, it would be there twice. */
 static int save(struct machine *machine, const char *path)
 {
-    int r = machine->incoming ? -ENODATA : machine_pause(machine);
+    int r = machine->incoming ? -ENODATA : machine->leaving ? -EBUSY : machine_pause(machine);
 
     if (r < 0) {
-        fprintf(stderr, "memvm: %s: nothing saved: %s\n", path, strerror(-r));
+        fprintf(stderr, "memvm: %s: nothing saved: %s\n", path,
+                machine->leaving ? "the machine has left for another host" : strerror(-r));
         return r;
     }
     r = snapshot_save(machine, path);

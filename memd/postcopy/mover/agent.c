@@ -212,6 +212,23 @@ static void take_state(struct mover *mover, const struct mover_done *done, int f
     mover->state = (struct transfer){.fd = fd, .bytes = done->value};
 }
 
+/* What was not done, for people. */
+static const char *undone(uint32_t what)
+{
+    switch (what) {
+    case MOVER_STOP: return "the guest can't be stopped";
+    case MOVER_SAVE: return "the state of its virtual CPUs and devices can't be saved";
+    case MOVER_LOAD:
+        return "the VMM at the destination can't load the state of its virtual CPUs and devices; "
+               "it "
+               "has to be the same machine, and may have said why";
+    case MOVER_RUN: return "the guest can't be let run at the destination";
+    case MOVER_EXPECT: return "the RAM of the VMM at the destination can't be prepared";
+    case MOVER_ABORT: return "the guest can't be let go on";
+    default: return "the agent of this guest refuses a step";
+    }
+}
+
 static void take_done(struct mover *mover, const uint8_t *message, size_t bytes, int *fd)
 {
     struct mover_done done;
@@ -227,8 +244,7 @@ static void take_done(struct mover *mover, const uint8_t *message, size_t bytes,
             *fd = -1;
         }
     } else if (done.result && done.what != MOVER_UNLINK && done.what != MOVER_HOLD) {
-        mover_say_why(mover, "the agent of this guest refuses step %u: %s", done.what,
-                      strerror(-done.result));
+        mover_say_why(mover, "%s: %s", undone(done.what), strerror(-done.result));
     }
     mover_event(mover, &(struct session_event){
                            .type = EVENT_DONE, .what = done.what, .value = done.result});

@@ -21,9 +21,16 @@ struct link_tls {
 
 static void last_words(char *words, size_t bytes, const char *what)
 {
-    unsigned long error = ERR_peek_last_error();
-    const char *reason = error ? ERR_reason_error_string(error) : NULL;
+    const char *reason = NULL;
+    unsigned long error;
 
+    /* The newest word, unless the system has said why. */
+    while ((error = ERR_get_error())) {
+        reason = ERR_SYSTEM_ERROR(error) ? strerror(ERR_GET_REASON(error))
+                                         : ERR_reason_error_string(error);
+        if (ERR_SYSTEM_ERROR(error))
+            break;
+    }
     snprintf(words, bytes, "%s: %s", what, reason ? reason : "TLS failed");
     ERR_clear_error();
 }
@@ -174,6 +181,9 @@ static int tls_error(struct link *link, int answer)
     if (error == SSL_ERROR_ZERO_RETURN)
         return -ECONNRESET;
     last_words(link->why, sizeof(link->why), "TLS");
+    if (SSL_get_verify_result(link->ssl) != X509_V_OK)
+        snprintf(link->why, sizeof(link->why), "TLS: the other host's certificate is not good: %s",
+                 X509_verify_cert_error_string(SSL_get_verify_result(link->ssl)));
     return -EKEYREJECTED;
 }
 

@@ -221,6 +221,7 @@ static void source_hears(struct session *session, const struct session_event *ev
         end(session, OUTCOME_GUEST_LOST); /* it can't let the guest run */
     } else if ((event->frame == PEER_REFUSED || event->frame == PEER_ABORT) &&
                state < SOURCE_COMMITTING) {
+        session->peer_waits = false; /* it need not be told */
         abort_source(session, OUTCOME_SOURCE_RUNS, event->value ? event->value : -ECONNABORTED);
     } else if (state != SOURCE_ABORTING && state != SOURCE_PROVEN) {
         source_when_cut(session, -EPROTO); /* it says what can't be */

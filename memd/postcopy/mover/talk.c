@@ -148,8 +148,8 @@ const char *talk_compare(const struct mover *mover)
         if (here->first_page == there->first_page && here->pages == there->pages)
             continue;
         snprintf(why, sizeof(why),
-                 "block %u of the guest's RAM has %llu pages, that of the VMM "
-                 "here has %llu",
+                 "block %u of the guest's RAM has %llu pages at the source, and %llu in the VMM at "
+                 "the destination",
                  i, (unsigned long long)there->pages, (unsigned long long)here->pages);
         return why;
     }
