@@ -17,6 +17,7 @@
 #include "gate.h"
 #include "hash.h"
 #include "procfs.h"
+#include "proof.h"
 #include "rpc.h"
 #include "transitions.h"
 
@@ -282,6 +283,18 @@ Test(budget, shares_that_ended_since_the_count_may_have_left_two_vmas_each)
     cr_assert_eq(run_shortest_run(&vm), 0, "nothing may be spent");
     vm.unmerges_counted = 1500;
     cr_assert_eq(run_shortest_run(&vm), 2, "those before the count are in the count");
+}
+
+/* The other host may have another CPU, or another build of memd. */
+Test(proof, a_page_s_content_is_plain_xxh3)
+{
+    uint8_t page[PAGE_BYTES];
+
+    for (uint32_t number = 0; number < 100; number++) {
+        for (uint32_t i = 0; i < PAGE_BYTES; i++)
+            page[i] = (uint8_t)(i * number + (i >> 3));
+        cr_assert_eq(proof_content(page), XXH3_64bits(page, PAGE_BYTES));
+    }
 }
 
 Test(budget, it_is_counted_again_before_too_much_is_believed)
