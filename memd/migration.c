@@ -62,7 +62,7 @@ static struct migration *find(const struct daemon *daemon, const char *name)
 static void retry(struct loop_timer *timer);
 static void look_for_arrival(struct loop_timer *timer);
 
-static struct migration *new_migration(struct daemon *daemon, bool source)
+struct migration *migration_new(struct daemon *daemon, bool source)
 {
     struct migration *migration = calloc(1, sizeof(*migration));
 
@@ -79,7 +79,7 @@ static struct migration *new_migration(struct daemon *daemon, bool source)
     return migration;
 }
 
-static void forget(struct migration *migration)
+void migration_forget(struct migration *migration)
 {
     struct migration **place = &migration->daemon->migrations.first;
 
@@ -107,7 +107,7 @@ static void forget_old(struct daemon *daemon, const struct migration *fresh)
         if (one == fresh || !one->over || one->pid)
             continue;
         if (strcmp(one->start.name, fresh->start.name) == 0 || ++kept > RECORDS_MAX)
-            forget(one);
+            migration_forget(one);
     }
 }
 
@@ -231,7 +231,7 @@ static void let_stranger_go(struct migration *migration)
         daemon->migrations.next_stranger_ns = now + STRANGER_WORDS_S * NS_PER_S;
     mover_process_say(migration, ORDER_FORGET);
     if (!migration->pid)
-        forget(migration);
+        migration_forget(migration);
 }
 
 static void come_to_an_end(struct migration *migration)
@@ -484,7 +484,7 @@ void migration_lost_mover(struct migration *migration)
     struct daemon *daemon = migration->daemon;
 
     if (!migration->start.name[0]) {
-        forget(migration); /* nobody knows who that was */
+        migration_forget(migration); /* nobody knows who that was */
         return;
     }
     if (migration->over)
@@ -565,7 +565,7 @@ int migration_begin(struct guest *guest, const struct migration_request *request
 
     if (result)
         return result;
-    migration = new_migration(daemon, true);
+    migration = migration_new(daemon, true);
     if (!migration)
         return -ENOMEM;
     result = prepare(migration, guest, request);
@@ -575,7 +575,7 @@ int migration_begin(struct guest *guest, const struct migration_request *request
     else if ((result = mover_process_start(migration, -1)))
         snprintf(words, words_bytes, "its mover can't be started: %s", mover_process_why(result));
     if (result) {
-        forget(migration);
+        migration_forget(migration);
         return result;
     }
     migration->untold = true;
@@ -615,7 +615,7 @@ static void take_peer(struct daemon *daemon, int fd, const struct sockaddr_stora
                       socklen_t bytes)
 {
     struct migration *migration =
-        daemon->migrations.unknown < UNKNOWN_MAX ? new_migration(daemon, false) : NULL;
+        daemon->migrations.unknown < UNKNOWN_MAX ? migration_new(daemon, false) : NULL;
     char host[64] = "?", port[8] = "?";
     int result;
 
@@ -634,7 +634,7 @@ static void take_peer(struct daemon *daemon, int fd, const struct sockaddr_stora
     if (result) {
         log_error("a mover for %s can't be started: %s", migration->peer,
                   mover_process_why(result));
-        forget(migration);
+        migration_forget(migration);
     }
 }
 
@@ -812,7 +812,7 @@ static bool read_record(const json_t *json, struct migration *migration)
 /* A migration of an earlier life of memd: its mover, or else another one. */
 static void restore(struct daemon *daemon, const json_t *json)
 {
-    struct migration *migration = new_migration(daemon, true);
+    struct migration *migration = migration_new(daemon, true);
     uint64_t started;
     pid_t pid;
 
@@ -820,7 +820,7 @@ static void restore(struct daemon *daemon, const json_t *json)
         return;
     if (!read_record(json, migration)) {
         migration->source = true;
-        forget(migration);
+        migration_forget(migration);
         return;
     }
     migration->arrived = !migration->source;
@@ -874,7 +874,7 @@ void migration_stop(struct daemon *daemon)
         next = one->next;
         if (!one->over)
             one->socket[0] = '\0'; /* its mover goes on there, and the next memd finds it */
-        forget(one);
+        migration_forget(one);
     }
     if (migrations->dir >= 0)
         close(migrations->dir);

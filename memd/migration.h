@@ -75,6 +75,11 @@ struct migrations {
     uint32_t unknown;          /* destinations whose mover has not said yet which guest it is */
 };
 
+/* One that nothing is known of yet, listed; NULL: no memory. */
+struct migration *migration_new(struct daemon *daemon, bool source);
+/* It is listed no more, and freed; its mover goes on. */
+void migration_forget(struct migration *migration);
+
 int migration_start(struct daemon *daemon);
 void migration_stop(struct daemon *daemon);
 void migration_reload(struct daemon *daemon);
@@ -111,6 +116,10 @@ void mover_process_give_guest(struct migration *migration, int result, const cha
                               int agent_fd);
 /* A socket to the guest's agent that speaks mover_protocol.h. -ENOTCONN, -EOPNOTSUPP. */
 int mover_process_reach_agent(struct guest *guest, uint32_t role, int *ret_fd);
+
+/* A message of the mover's, which hears strangers and is not believed. False: it is of no form that
+ * there is. */
+bool mover_process_take(struct migration *migration, const uint8_t *message, size_t bytes);
 
 /* What it hears. */
 void migration_heard_status(struct migration *migration, const struct order_status *status);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* memd-mover as a process: started, spoken to, watched, found again. */
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -163,8 +164,15 @@ static bool is_text(const char *text, size_t bytes)
     return memchr(text, 0, bytes) != NULL;
 }
 
-/* False: it is of no form that there is. */
-static bool take(struct migration *migration, const uint8_t *message, size_t bytes)
+/* Words that may have come from the other host go to logs, terminals and JSON. */
+static void make_plain(char *text)
+{
+    for (; *text; text++)
+        if (!isascii((unsigned char)*text) || !isprint((unsigned char)*text))
+            *text = '?';
+}
+
+bool mover_process_take(struct migration *migration, const uint8_t *message, size_t bytes)
 {
     struct order_header header;
     struct order_status status;
@@ -178,6 +186,7 @@ static bool take(struct migration *migration, const uint8_t *message, size_t byt
         if (status.stage >= ORDER_STAGE_COUNT || status.outcome >= ORDER_OUTCOME_COUNT ||
             status.data_port > UINT16_MAX || !is_text(status.words, sizeof(status.words)))
             return false;
+        make_plain(status.words);
         migration_heard_status(migration, &status);
         return true;
     }
@@ -210,7 +219,7 @@ static void can_read(struct loop_watch *watch, uint32_t events)
 
         if (got < 0 && (errno == EAGAIN || errno == EINTR))
             return;
-        if (got > 0 && take(migration, message, (size_t)got))
+        if (got > 0 && mover_process_take(migration, message, (size_t)got))
             continue;
         if (got > 0 && migration->pid > 0) {
             log_error("the mover of guest '%s' says what can't be: it is ended",
