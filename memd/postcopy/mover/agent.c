@@ -313,17 +313,6 @@ static void take_message(struct mover *mover, const uint8_t *message, size_t byt
     }
 }
 
-static int descriptor_in(struct msghdr *header)
-{
-    const struct cmsghdr *part = CMSG_FIRSTHDR(header);
-    int fd = -1;
-
-    if (part && part->cmsg_level == SOL_SOCKET && part->cmsg_type == SCM_RIGHTS &&
-        part->cmsg_len == CMSG_LEN(sizeof(int)))
-        memcpy(&fd, CMSG_DATA(part), sizeof(int));
-    return fd;
-}
-
 /* False: there is no more. */
 static bool receive(struct mover *mover)
 {
@@ -339,11 +328,13 @@ static bool receive(struct mover *mover)
 
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
+    fd = got < 0 ? -1 : received_fd(&header);
     if (got <= 0) {
         lose_agent(mover, got < 0 ? strerror(errno) : "its VMM has ended");
+        if (fd >= 0)
+            close(fd);
         return false;
     }
-    fd = descriptor_in(&header);
     if ((size_t)got >= sizeof(struct mover_header) && !(header.msg_flags & MSG_TRUNC))
         take_message(mover, message, (size_t)got, &fd);
     if (fd >= 0)

@@ -41,6 +41,7 @@
 #include "clock.h"
 #include "migrate.h"
 #include "mover_protocol.h"
+#include "send_with.h"
 
 #define ALL_SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
@@ -86,17 +87,14 @@ static bool receive(int from, struct message *message)
                             .msg_iovlen = 1,
                             .msg_control = room.bytes,
                             .msg_controllen = sizeof(room.bytes)};
-    const struct cmsghdr *rights;
     ssize_t got;
 
     memset(message->bytes, 0, sizeof(message->bytes));
     message->fd = -1;
     got = recvmsg(from, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (got <= 0)
+    if (got < 0)
         return false;
-    rights = CMSG_FIRSTHDR(&header);
-    if (rights && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len == CMSG_LEN(sizeof(int)))
-        memcpy(&message->fd, CMSG_DATA(rights), sizeof(int));
+    message->fd = received_fd(&header);
     message->size = (size_t)got;
     return message->size >= sizeof(message->header) && !(header.msg_flags & MSG_TRUNC);
 }

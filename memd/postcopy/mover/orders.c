@@ -79,6 +79,14 @@ static bool place(struct mover *mover, const int *fds, uint32_t count)
     return true;
 }
 
+static void close_all(const int *fds)
+{
+    for (int i = 0; i < FDS_MAX; i++) {
+        if (fds[i] >= 0)
+            close(fds[i]);
+    }
+}
+
 int orders_receive_start(struct mover *mover)
 {
     struct order_start *start = &mover->start;
@@ -89,19 +97,20 @@ int orders_receive_start(struct mover *mover)
 
     (void)setsockopt(mover->memd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
     got = receive(mover->memd, start, sizeof(*start), fds, &count, 0);
-    if (got < 0)
-        return (int)got;
     if (got != sizeof(*start) || start->header.type != ORDER_START ||
         start->version != ORDERS_VERSION || !texts_end(start) ||
-        (start->role != MOVER_SOURCE && start->role != MOVER_DESTINATION))
-        return -EPROTO;
+        (start->role != MOVER_SOURCE && start->role != MOVER_DESTINATION) ||
+        !place(mover, fds, count)) {
+        close_all(fds);
+        return got < 0 ? (int)got : -EPROTO;
+    }
     memcpy(mover->session_id, start->session, sizeof(mover->session_id));
     mover->epoch = start->epoch;
     mover->data_port = start->data_port;
     mover->precopy.only = start->precopy_only;
     for (uint32_t i = 0; i < count; i++)
         (void)fcntl(fds[i], F_SETFL, fcntl(fds[i], F_GETFL) | O_NONBLOCK);
-    return place(mover, fds, count) ? 0 : -EPROTO;
+    return 0;
 }
 
 int orders_drive_monitor(struct mover *mover)
@@ -176,10 +185,7 @@ void orders_read(struct mover *mover)
             take(mover, message, (size_t)got, fds);
         else
             lose_memd(mover);
-        for (int i = 0; i < FDS_MAX; i++) {
-            if (fds[i] >= 0)
-                close(fds[i]);
-        }
+        close_all(fds);
     }
 }
 
