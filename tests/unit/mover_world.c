@@ -93,6 +93,12 @@ void world_certify(struct world *world, struct side *side, bool other_authority)
     file = file_at(world, name, "ca", side->start.tls_ca);
     PEM_write_X509(file, authority);
     fclose(file);
+    X509_free(certificate);
+    EVP_PKEY_free(key);
+    if (other_authority) {
+        X509_free(issuer);
+        EVP_PKEY_free(issuer_key);
+    }
 }
 
 /* ---- sockets ---- */
