@@ -724,6 +724,9 @@ static void add_report(const struct order_status *status, json_t *json)
     set_seconds(json, "precopy_s", status->precopy_ns);
     set_seconds(json, "postcopy_s", status->postcopy_ns);
     set_seconds(json, "total_s", status->elapsed_ns);
+    /* Scanners rest from the first pass, or the stop, until no page is remote. */
+    set_seconds(json, "sharing_rested_s",
+                status->precopy_ns + status->downtime_ns + status->postcopy_ns);
     set(json, "bytes_sent", status->bytes_sent);
     set(json, "pages_demand", status->pages_demand);
     set(json, "pages_pushed", status->pages_pushed);

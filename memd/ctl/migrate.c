@@ -160,6 +160,8 @@ static void print_times(const json_t *status)
     printf("  pre-copy     %.2f s\n", ctl_json_real(status, "precopy_s"));
     printf("  post-copy    %.2f s\n", ctl_json_real(status, "postcopy_s"));
     printf("  in all       %.2f s\n", ctl_json_real(status, "total_s"));
+    printf("  sharing      rested %.2f s; what was shared stayed shared\n",
+           ctl_json_real(status, "sharing_rested_s"));
 }
 
 static void print_pages(const json_t *status)

@@ -131,6 +131,8 @@ def two_hosts(wire=None):
 def check_report(report):
     if report["downtime_s"] <= 0 or report["total_s"] < report["downtime_s"] or report["bytes_sent"] <= 0:
         raise Failure(f"the report: {report}")
+    if not report["downtime_s"] <= report["sharing_rested_s"] <= report["total_s"]:
+        raise Failure(f"the report: {report}")
 
 
 @live_test([AGENT, MEMVM])

@@ -5,6 +5,7 @@ import os
 import signal
 
 from lab import Failure, Lab, wait_for
+from lab.network import Wire
 from lab.qmp import Qmp, qmp_devices
 from lab.suite import AGENT, live_test
 from test_migrate import Hosts, check_report
@@ -33,10 +34,11 @@ class QemuHosts(Hosts):
         return self.destination.arrived_qemu(self.name)
 
 
-def two_qemus(test):
-    """The test with two hosts; when it fails their logs stay."""
-    with Lab() as source, Lab() as destination:
-        hosts = QemuHosts(source, destination)
+def two_qemus(test, wire=None):
+    """The test with two hosts, with a wire between their networks; when it fails their logs stay."""
+    networks = wire.names if wire else (None, None)
+    with Lab(network=networks[0]) as source, Lab(network=networks[1]) as destination:
+        hosts = QemuHosts(source, destination, wire)
         try:
             test(hosts)
         except BaseException:
@@ -60,6 +62,18 @@ def stock_qemu_guest_moves_between_memds():
         place = os.path.join(hosts.destination.directory, f"{guest.name}.vmm")
         wait_for("its monitor's place to go", lambda: not os.path.exists(place), 30)
     two_qemus(moves)
+
+
+@live_test([AGENT])
+def stock_qemu_guest_moves_between_networks_under_tls():
+    def moves(hosts):
+        hosts.start()
+        report, guest = hosts.completes()
+        check_report(report)
+        guest.wait_rounds(2)
+        guest.report()
+    with Wire() as wire:
+        two_qemus(moves, wire)
 
 
 @live_test([AGENT])
