@@ -130,9 +130,6 @@ static const int allowed[] = {
     SCMP_SYS(clock_gettime),
     SCMP_SYS(clock_nanosleep),
     SCMP_SYS(sigaltstack),
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    SCMP_SYS(sched_getaffinity), /* what they ask of each new thread */
-#endif
 };
 
 static int allow_arguments(scmp_filter_ctx filter)
@@ -152,6 +149,10 @@ static int allow_arguments(scmp_filter_ctx filter)
     if (!result)
         result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mprotect), 1,
                                   SCMP_A2(SCMP_CMP_MASKED_EQ, PROT_EXEC, 0));
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    if (!result) /* what they ask of each new thread */
+        result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(sched_getaffinity), 0);
+#endif
     /* To an ordinary priority only. */
     if (!result)
         result = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(sched_setscheduler), 1,
