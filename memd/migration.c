@@ -223,12 +223,12 @@ static void let_stranger_go(struct migration *migration)
     struct daemon *daemon = migration->daemon;
     uint64_t now = loop_now(&daemon->loop);
 
-    if (now >= daemon->migrations.next_stranger_ns)
-        log_warning("%s had no guest to bring: %s", migration->peer, words_of(migration));
-    else
+    if (now < daemon->migrations.next_stranger_ns) {
         log_detail("%s had no guest to bring: %s", migration->peer, words_of(migration));
-    if (now >= daemon->migrations.next_stranger_ns)
+    } else {
+        log_warning("%s had no guest to bring: %s", migration->peer, words_of(migration));
         daemon->migrations.next_stranger_ns = now + STRANGER_WORDS_S * NS_PER_S;
+    }
     mover_process_say(migration, ORDER_FORGET);
     if (!migration->pid)
         migration_forget(migration);

@@ -46,14 +46,20 @@ def two_qemus(test, wire=None):
             raise
 
 
+def move_and_verify(hosts):
+    """The guest, at the destination."""
+    hosts.start()
+    report, guest = hosts.completes()
+    check_report(report)
+    guest.wait_rounds(2)
+    guest.report()
+    return guest
+
+
 @live_test([AGENT])
 def stock_qemu_guest_moves_between_memds():
     def moves(hosts):
-        hosts.start()
-        report, guest = hosts.completes()
-        check_report(report)
-        guest.wait_rounds(2)
-        guest.report()
+        guest = move_and_verify(hosts)
         if any("ready" in line for line in guest.console.lines()):
             raise Failure("the guest at the destination has begun anew")
         hosts.destination.wait_shared(18 * 256 * 9 // 10)
@@ -66,14 +72,8 @@ def stock_qemu_guest_moves_between_memds():
 
 @live_test([AGENT])
 def stock_qemu_guest_moves_between_networks_under_tls():
-    def moves(hosts):
-        hosts.start()
-        report, guest = hosts.completes()
-        check_report(report)
-        guest.wait_rounds(2)
-        guest.report()
     with Wire() as wire:
-        two_qemus(moves, wire)
+        two_qemus(move_and_verify, wire)
 
 
 @live_test([AGENT])

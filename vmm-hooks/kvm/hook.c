@@ -37,7 +37,7 @@ static int on_resume(void *opaque)
 {
     struct machine *machine = opaque;
 
-    machine->leaving = false;
+    __atomic_store_n(&machine->leaving, false, __ATOMIC_RELEASE);
     machine_resume(machine);
     return 0;
 }
@@ -48,7 +48,7 @@ static int on_save(void *opaque, struct memd_stream *stream)
     struct machine_state *state = malloc(sizeof(*state));
     int r = state ? state_save(machine, state) : -ENOMEM;
 
-    machine->leaving = true;
+    __atomic_store_n(&machine->leaving, true, __ATOMIC_RELEASE);
     if (r == 0)
         r = memd_stream_write(stream, state, state_bytes(state->cpu_count));
     free(state);

@@ -62,10 +62,10 @@ struct machine {
     pthread_mutex_t lock;
     pthread_cond_t parked; /* a vCPU has parked, or ended */
     int ended_fd;          /* eventfd: readable once it has ended */
+    bool leaving; /* memd has its state for another host, and has not let it go on (atomic) */
     /* Under the lock. */
     uint32_t pauses; /* how many want it paused */
     bool incoming;   /* its state has still to come */
-    bool leaving;    /* its state was given to memd for another host, and it was not let go on */
     bool started, ended;
     int exit_status;
 };

@@ -236,11 +236,12 @@ static bool bring_input(struct machine *machine, size_t room)
  * host: saved here, it would be there twice. */
 static int save(struct machine *machine, const char *path)
 {
-    int r = machine->incoming ? -ENODATA : machine->leaving ? -EBUSY : machine_pause(machine);
+    bool leaving = __atomic_load_n(&machine->leaving, __ATOMIC_ACQUIRE);
+    int r = machine->incoming ? -ENODATA : leaving ? -EBUSY : machine_pause(machine);
 
     if (r < 0) {
         fprintf(stderr, "memvm: %s: nothing saved: %s\n", path,
-                machine->leaving ? "the machine has left for another host" : strerror(-r));
+                leaving ? "the machine has left for another host" : strerror(-r));
         return r;
     }
     r = snapshot_save(machine, path);
