@@ -97,6 +97,8 @@ Test(mover_pair, host_that_is_not_the_one_that_was_named_is_refused, .timeout = 
     world_begin(&world);
     world_until(&world, "both gave up", both_failed);
     cr_assert_eq(world.destination.needs, 0);
+    cr_assert(strstr(world.source.status.words, "certificate is not good"), "%s",
+              world.source.status.words);
     world_close(&world);
 }
 
