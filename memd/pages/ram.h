@@ -50,6 +50,8 @@
 #define RAM_DONTDUMP   2U
 #define RAM_HUGEPAGE   4U
 #define RAM_NOHUGEPAGE 8U
+/* Not one of madvise()'s: when the guest moves, the VMM moves this block by itself. */
+#define RAM_VMM_MOVES 16U
 
 /* How a 2 MiB piece of a block is mapped and whether it is armed. */
 enum chunk_state {
@@ -98,7 +100,7 @@ struct ram_block {
     uint8_t *shadow;
     uint32_t pages;
     uint32_t first_page; /* page number of base[0] in the guest */
-    uint32_t attributes;
+    uint32_t attributes; /* RAM_... */
     uint32_t chunk_count;
     uint32_t chunk_offset; /* pages of the first 2 MiB unit that lie before base */
     uint8_t *table;        /* one byte a page: place and flags */

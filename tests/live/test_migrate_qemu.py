@@ -11,6 +11,7 @@ from lab.suite import AGENT, live_test
 from test_migrate import Hosts, check_report
 
 MEMORY = "160M"
+RAM_PAGES = 160 << 8
 REGIONS = {"twin": "24M", "unique": "16M", "hot": "8M", "zero": "8M", "duty": 40, "every": 1}
 
 
@@ -51,6 +52,8 @@ def move_and_verify(hosts):
     hosts.start()
     report, guest = hosts.completes()
     check_report(report)
+    if report["pages"] != RAM_PAGES:
+        raise Failure(f"memd has moved more than the RAM that QEMU leaves to it: {report}")
     guest.wait_rounds(2)
     guest.report()
     return guest

@@ -18,7 +18,8 @@
 #include "agent.h"
 #include "agent_memd.h"
 
-#define PAGES 1536U
+#define PAGES          1536U
+#define FIRMWARE_PAGES 8U /* which the VMM moves by itself */
 
 static const uint8_t session[MOVER_SESSION_BYTES] = "sixteen bytes...";
 
@@ -28,6 +29,7 @@ struct vmm {
     struct memd_end memd;
     struct memd_vm *vm;
     uint8_t *ram;
+    uint8_t *firmware;
     int mover; /* the agent's end */
     uint32_t pauses, resumes;
     uint32_t state, loaded; /* what is saved and loaded */
@@ -78,6 +80,12 @@ static void start_vmm(uint32_t role, int mover)
         cr_skip_test("no agent on this kernel");
     vmm.ram =
         mmap(NULL, PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    vmm.firmware = mmap(NULL, FIRMWARE_PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cr_assert_eq(memd_ram_add(vmm.vm, vmm.firmware, FIRMWARE_PAGES * PAGE_BYTES,
+                              MEMD_RAM_FRESH | MEMD_RAM_VMM_MOVES),
+                 0);
+    memset(vmm.firmware, (int)role, FIRMWARE_PAGES * PAGE_BYTES);
     cr_assert_eq(memd_ram_add(vmm.vm, vmm.ram, PAGES * PAGE_BYTES, MEMD_RAM_FRESH), 0);
     memd_end_give_mover(&vmm.memd, role, mover);
 }
@@ -110,6 +118,9 @@ static int be_destination(int mover)
         usleep(500);
     if (!is_right())
         return 2;
+    for (uint32_t i = 0; i < FIRMWARE_PAGES * PAGE_BYTES; i++)
+        if (vmm.firmware[i] != MOVER_DESTINATION)
+            return 4;
     while (!__atomic_load_n(&vmm.vm->migration.told_proven, __ATOMIC_ACQUIRE))
         usleep(500); /* the test still has to do with this agent */
     return vmm.loaded == 4711 ? 0 : 3;

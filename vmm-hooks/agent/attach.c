@@ -262,7 +262,8 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
 
     if (r < 0)
         return r;
-    if (!is_a_range(addr, bytes) || bytes % PAGE_BYTES || flags & ~MEMD_RAM_FRESH)
+    if (!is_a_range(addr, bytes) || bytes % PAGE_BYTES ||
+        flags & ~(MEMD_RAM_FRESH | MEMD_RAM_VMM_MOVES))
         return -EINVAL;
     if (is_registered(vm, addr, bytes))
         return -EEXIST;
@@ -270,6 +271,8 @@ int memd_ram_add(struct memd_vm *vm, void *addr, size_t bytes, unsigned flags)
         r = -EAGAIN, reason = "the agent has stood down";
     else
         r = ram_inspect(addr, bytes, &attributes, &reason);
+    if (r == 0 && flags & MEMD_RAM_VMM_MOVES)
+        attributes |= RAM_VMM_MOVES;
     if (r == 0)
         r = ram_add(&vm->ram, addr, bytes, attributes, flags & MEMD_RAM_FRESH, &block);
     if (r == -EEXIST)

@@ -106,6 +106,33 @@ static struct memd_vm *concerned(const void *addr, size_t bytes)
     return vm && !agent_is_child(vm) ? vm : NULL;
 }
 
+/* The i-th RAM file, if there is one. */
+static bool read_file(uint32_t i, struct ram_file *ret_file)
+{
+    const struct ram_file *file = &preload.files[i];
+    uint32_t version = __atomic_load_n(&file->version, __ATOMIC_ACQUIRE);
+    struct ram_file copy = *file;
+
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (version % 2 || __atomic_load_n(&file->version, __ATOMIC_RELAXED) != version ||
+        copy.bytes == 0)
+        return false;
+    *ret_file = copy;
+    return true;
+}
+
+/* Is it in a RAM file, as the VMM believes? */
+static bool is_in_file(const void *addr)
+{
+    struct ram_file file;
+
+    for (uint32_t i = 0; i < MAX_RAM_FILES; i++)
+        if (read_file(i, &file) && (const uint8_t *)addr >= file.address &&
+            (const uint8_t *)addr < file.address + file.bytes)
+            return true;
+    return false;
+}
+
 /* ---- attaching ---- */
 
 static void attach(void)
@@ -130,7 +157,9 @@ static void attach(void)
     __atomic_store_n(&preload.state, PRELOAD_READY, __ATOMIC_RELEASE);
 }
 
-/* 0: registered, the advice is ours. 1: not for us, ask the kernel. */
+/* 0: registered, the advice is ours. 1: not for us, ask the kernel. RAM that is on no file of
+ * memctl's is not shared, as QEMU sees it (x-ignore-shared): QEMU moves it by itself, firmware
+ * tables and video memory among it, and its bytes should not come twice. */
 static int announce(void *addr, size_t bytes)
 {
     struct memd_vm *vm;
@@ -142,7 +171,7 @@ static int announce(void *addr, size_t bytes)
     vm = agent();
     if (!vm || vm->setup_result < 0)
         return 1;
-    r = memd_ram_add(vm, addr, bytes, MEMD_RAM_FRESH);
+    r = memd_ram_add(vm, addr, bytes, MEMD_RAM_FRESH | (is_in_file(addr) ? 0 : MEMD_RAM_VMM_MOVES));
     /* QEMU announces the RAM of a memory backend twice. */
     return r < 0 && r != -EEXIST;
 }
@@ -215,21 +244,6 @@ static int advise_attribute(struct memd_vm *vm, void *addr, size_t bytes, int ad
     return sys_madvise(addr, bytes, advice);
 }
 
-/* The i-th RAM file, if there is one. */
-static bool read_file(uint32_t i, struct ram_file *ret_file)
-{
-    const struct ram_file *file = &preload.files[i];
-    uint32_t version = __atomic_load_n(&file->version, __ATOMIC_ACQUIRE);
-    struct ram_file copy = *file;
-
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    if (version % 2 || __atomic_load_n(&file->version, __ATOMIC_RELAXED) != version ||
-        copy.bytes == 0)
-        return false;
-    *ret_file = copy;
-    return true;
-}
-
 /* Puts a RAM file into a free place (`free`), or nothing into one that is not. False: it is not
  * such a place, or another thread is there. */
 static bool write_file(uint32_t i, bool free, const struct ram_file *from)
@@ -276,18 +290,6 @@ static uint32_t remove_files(const void *addr, size_t bytes, struct ram_file *re
             ret_files[count++] = file;
     }
     return count;
-}
-
-/* Is it in a RAM file, as the VMM believes? */
-static bool is_in_file(const void *addr)
-{
-    struct ram_file file;
-
-    for (uint32_t i = 0; i < MAX_RAM_FILES; i++)
-        if (read_file(i, &file) && (const uint8_t *)addr >= file.address &&
-            (const uint8_t *)addr < file.address + file.bytes)
-            return true;
-    return false;
 }
 
 /* The RAM file behind the VMM's descriptor, if it is one. */

@@ -12,7 +12,7 @@ void regions_take(struct regions *regions, struct guest_ram *ram)
     for (uint32_t b = 0; b < count; b++) {
         struct ram_block *block = &ram->blocks[b];
 
-        if (!__atomic_load_n(&block->live, __ATOMIC_ACQUIRE))
+        if (!__atomic_load_n(&block->live, __ATOMIC_ACQUIRE) || block->attributes & RAM_VMM_MOVES)
             continue;
         regions->at[regions->count++] =
             (struct region){.block = block, .first = regions->pages, .pages = block->pages};

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The pages of a guest as they are numbered on the wire: its live blocks laid end to end, in the
- * order in which the VMM announced them. Taken once, when a migration begins; a block that leaves
- * afterwards makes the migration fail.
+ * order in which the VMM announced them, without those that it moves by itself (RAM_VMM_MOVES).
+ * Taken once, when a migration begins; a block that leaves afterwards makes the migration fail.
  *
  * Bitmaps and arrays of a migration go by these numbers. Different threads set bits of the same
  * word, so the bits are moved by atomic operations.

@@ -141,6 +141,9 @@ MEMD_API int memd_attach(const struct memd_options *options, struct memd_vm **re
 
 /* The promise that no other thread touches the range yet: it may be mapped anew. */
 #define MEMD_RAM_FRESH 1U
+/* When the guest moves, the VMM moves this block by itself, as a part of its own state: memd shares
+ * in it, and leaves it out of every migration. The same at both ends. */
+#define MEMD_RAM_VMM_MOVES 2U
 
 /*
  * Registers guest RAM: whole 4 KiB pages, private, anonymous, readable and writable, of this
