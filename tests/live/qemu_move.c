@@ -5,7 +5,7 @@
  * guest is stopped.
  *
  * usage: qemu_move check QMP
- *        qemu_move stay QMP              stop, save, and run on
+ *        qemu_move stay QMP              save, and run on
  *        qemu_move go QMP PID ADDRESS DESTINATION-QMP PID ADDRESS BYTES [FORGET]
  * ADDRESS is where the guest's RAM begins in the process (hexadecimal); every FORGETth page is not
  * copied. Prints a line of JSON with how long things took; ends with 1 after saying what failed.
@@ -89,13 +89,13 @@ static int stay(char *const *words)
 {
     struct side here = open_side(words, false);
     int fd = memfd_create("state", MFD_CLOEXEC);
-    double begun = now_ms();
+    uint64_t stopped_ns;
 
     must(&here, "check", qemu_migrate_check(here.vm));
-    must(&here, "stop", qemu_migrate_stop(here.vm));
-    must(&here, "save", qemu_migrate_save(here.vm, fd));
+    must(&here, "save", qemu_migrate_save(here.vm, fd, &stopped_ns));
+    must(&here, "check what was saved", qemu_migrate_check_saved(here.vm));
     must(&here, "resume", qemu_migrate_resume(here.vm));
-    printf("{\"down_ms\": %.1f, \"state_bytes\": %lld}\n", now_ms() - begun,
+    printf("{\"down_ms\": %.1f, \"state_bytes\": %lld}\n", now_ms() - (double)stopped_ns / 1e6,
            (long long)lseek(fd, 0, SEEK_END));
     qemu_migrate_close(here.vm);
     return 0;
@@ -107,27 +107,27 @@ static int go(char *const *words)
     uint64_t bytes = strtoull(words[6], NULL, 10);
     uint64_t forget = words[7] ? strtoull(words[7], NULL, 10) : 0;
     int fd = memfd_create("state", MFD_CLOEXEC);
-    double stopped, saved, copied, loaded, running;
+    double saved, copied, loaded;
+    uint64_t stopped_ns, running_ns;
     struct stat state;
 
     must(&from, "check", qemu_migrate_check(from.vm));
     must(&to, "check at the destination", qemu_migrate_check_incoming(to.vm));
-    stopped = now_ms();
-    must(&from, "stop", qemu_migrate_stop(from.vm));
-    must(&from, "save", qemu_migrate_save(from.vm, fd));
+    must(&to, "wait", qemu_migrate_await(to.vm));
+    must(&from, "save", qemu_migrate_save(from.vm, fd, &stopped_ns));
+    must(&from, "check what was saved", qemu_migrate_check_saved(from.vm));
     saved = now_ms();
     copy_ram(&from, &to, bytes, forget);
     copied = now_ms();
     must(&to, "load", qemu_migrate_load(to.vm, fd));
     loaded = now_ms();
-    must(&to, "run", qemu_migrate_run(to.vm));
-    running = now_ms();
+    must(&to, "run", qemu_migrate_run(to.vm, &running_ns));
     must(&from, "quit", qemu_migrate_quit(from.vm));
     fstat(fd, &state);
     printf("{\"save_ms\": %.1f, \"copy_ms\": %.1f, \"load_ms\": %.1f, \"run_ms\": %.1f, "
            "\"state_bytes\": %lld}\n",
-           saved - stopped, copied - saved, loaded - copied, running - loaded,
-           (long long)state.st_size);
+           saved - (double)stopped_ns / 1e6, copied - saved, loaded - copied,
+           (double)running_ns / 1e6 - loaded, (long long)state.st_size);
     qemu_migrate_close(from.vm);
     qemu_migrate_close(to.vm);
     return 0;

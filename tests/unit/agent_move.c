@@ -560,7 +560,9 @@ static uint64_t precopy(uint32_t passes)
     __atomic_store_n(&writing, false, __ATOMIC_RELEASE);
     pthread_join(writer, NULL);
     discard_at_source(100, 5);
-    pending = move_stop(&pair, false);
+    move_stop(&pair, true);
+    pending = outgoing_pending(&pair.outgoing);
+    outgoing_release(&pair.outgoing);
     move_wait_proven(&pair);
     assert_like_source();
     return pending;

@@ -55,7 +55,7 @@ bool move_is_zero(const uint8_t *at);
 bool move_is_right(const struct move_pair *pair, uint32_t page);
 
 /* Pages that the map calls remote. hold: nothing is pushed until outgoing_release(). */
-uint64_t move_stop(struct move_pair *pair, bool hold);
+void move_stop(struct move_pair *pair, bool hold);
 /* expect, link, stop; until the map has arrived, before which a guest does not run there, and a cut
  * is the end of the migration. */
 void move_begin(struct move_pair *pair);

@@ -154,16 +154,14 @@ void move_begin(struct move_pair *pair)
     move_wait(&pair->incoming.mapped);
 }
 
-uint64_t move_stop(struct move_pair *pair, bool hold)
+void move_stop(struct move_pair *pair, bool hold)
 {
-    uint64_t pending = 0;
     int r;
 
     outgoing_stop(&pair->outgoing, hold);
-    while ((r = outgoing_stopped(&pair->outgoing, &pending)) == -EINPROGRESS)
+    while ((r = outgoing_stopped(&pair->outgoing)) == -EINPROGRESS)
         usleep(200);
     cr_assert_eq(r, 0);
-    return pending;
 }
 
 void move_wait(const uint32_t *word)

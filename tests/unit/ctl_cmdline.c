@@ -216,7 +216,8 @@ Test(ctl_cmdline, a_guest_is_waited_for)
 
     cr_expect(line.incoming);
     qemu_cmdline_free(&line);
-    cr_expect_str_eq(extend(LINE("-S"), NULL, NULL, true), "qemu-system-x86_64 -S -incoming defer");
+    cr_expect_str_eq(extend(LINE("-S"), NULL, NULL, true),
+                     "qemu-system-x86_64 -S -S -incoming defer");
 }
 
 Test(ctl_cmdline, the_users_words_stay_as_they_are)

@@ -6,12 +6,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "migrate.h"
 #include "scripted_qemu.h"
 
 static struct qemu_migrate *vm;
+static uint64_t stopped_ns;
 
 static void start(const char *status, const struct scripted_answer *odd, size_t odd_count)
 {
@@ -105,9 +107,12 @@ Test(ctl_migrate, source_goes_and_comes_back)
 
     start("running", NULL, 0);
     cr_assert(qemu_migrate_check(vm) == 0, "%s", qemu_migrate_why(vm));
-    cr_assert(qemu_migrate_stop(vm) == 0, "%s", qemu_migrate_why(vm));
-    cr_assert(qemu_migrate_save(vm, fd) == 0, "%s", qemu_migrate_why(vm));
+    cr_assert(qemu_migrate_save(vm, fd, &stopped_ns) == 0, "%s", qemu_migrate_why(vm));
+    cr_assert(qemu_migrate_check_saved(vm) == 0, "%s", qemu_migrate_why(vm));
     cr_expect_str_eq(qemu_migrate_why(vm), "");
+    cr_expect(!scripted_qemu_was_asked("stop"), "the guest stood still longer than it had to");
+    cr_expect(stopped_ns + 1000 >= scripted_qemu.stopped_after_ns &&
+              stopped_ns <= scripted_qemu.stopped_before_ns + 1000);
     cr_expect(fstat(fd, &mine) == 0 && fstat(scripted_qemu.given, &theirs) == 0 &&
               mine.st_ino == theirs.st_ino);
     cr_expect(strstr(scripted_qemu_asked("migrate", 0), "\"fd:memd-state\""));
@@ -134,8 +139,7 @@ Test(ctl_migrate, source_that_is_not_finalized_yet_runs_when_it_is)
           ODD("cont", "{\"error\": {\"class\": \"GenericError\", \"desc\": \"Migration is not "
                       "finalized yet\"}}\n"));
     scripted_qemu.until = "cont";
-    cr_assert(qemu_migrate_stop(vm) == 0, "%s", qemu_migrate_why(vm));
-    cr_assert(qemu_migrate_save(vm, fd) == 0, "%s", qemu_migrate_why(vm));
+    cr_assert(qemu_migrate_save(vm, fd, &stopped_ns) == 0, "%s", qemu_migrate_why(vm));
     cr_assert(qemu_migrate_resume(vm) == 0, "%s", qemu_migrate_why(vm));
     cr_expect_str_eq(scripted_qemu.status, "running");
     stop();
@@ -148,8 +152,9 @@ static void expect_save(const struct scripted_answer *odd, size_t odd_count, int
     int fd = memfd_create("state", MFD_CLOEXEC), r;
 
     start("running", odd, odd_count);
-    cr_assert(qemu_migrate_stop(vm) == 0, "%s", qemu_migrate_why(vm));
-    r = qemu_migrate_save(vm, fd);
+    r = qemu_migrate_save(vm, fd, &stopped_ns);
+    if (r == 0)
+        r = qemu_migrate_check_saved(vm);
     cr_expect(r == error, "%s: %d", words, r);
     cr_expect(strstr(qemu_migrate_why(vm), words), "'%s' has not '%s'", qemu_migrate_why(vm),
               words);
@@ -186,12 +191,63 @@ Test(ctl_migrate, the_end_of_another_migration)
     expect_save(odd, 2, -EIO, "failed");
 }
 
-Test(ctl_migrate, guest_that_is_not_stopped_is_not_saved)
+/* Video memory that is written to all the time. */
+Test(ctl_migrate, guest_that_does_not_settle_is_stopped)
 {
-    start("running", NULL, 0);
-    cr_expect(qemu_migrate_save(vm, STDIN_FILENO) == -EBUSY);
-    cr_expect(!scripted_qemu_was_asked("migrate"));
+    static const struct scripted_answer odd[] = {
+        {"migrate", DONE "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n"},
+        {"stop", "{\"event\": \"STOP\"}\n" DONE
+                 "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n"}};
+    int fd = memfd_create("state", MFD_CLOEXEC);
+
+    start("running", odd, 2);
+    cr_assert(qemu_migrate_save(vm, fd, &stopped_ns) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect_str_eq(scripted_qemu.commands[scripted_qemu.asked - 1], "stop");
     stop();
+    close(fd);
+}
+
+/* QEMU's stamps are of a clock that can be set. */
+Test(ctl_migrate, stamps_that_can_not_be)
+{
+    static const char *const stamps[] = {"{\"seconds\": 1, \"microseconds\": 1}",
+                                         "{\"seconds\": 99999999999, \"microseconds\": 1}", "7"};
+
+    for (size_t i = 0; i < sizeof(stamps) / sizeof(stamps[0]); i++) {
+        int fd = memfd_create("state", MFD_CLOEXEC);
+        struct timespec before, after;
+        char text[320];
+
+        snprintf(text, sizeof(text),
+                 DONE "{\"event\": \"STOP\", \"timestamp\": %s}\n"
+                      "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n",
+                 stamps[i]);
+        start("running", ODD("migrate", text));
+        clock_gettime(CLOCK_MONOTONIC, &before);
+        cr_assert(qemu_migrate_save(vm, fd, &stopped_ns) == 0, "%s", qemu_migrate_why(vm));
+        clock_gettime(CLOCK_MONOTONIC, &after);
+        cr_expect(stopped_ns / 1000000000 >= (uint64_t)before.tv_sec &&
+                      stopped_ns / 1000000000 <= (uint64_t)after.tv_sec,
+                  "%s", stamps[i]);
+        stop();
+        close(fd);
+    }
+}
+
+/* It waits for the state before that has come, and is asked to once. */
+Test(ctl_migrate, destination_waits_for_its_state)
+{
+    int fd = memfd_create("state", MFD_CLOEXEC);
+
+    cr_assert(write(fd, "state", 5) == 5);
+    start("inmigrate", NULL, 0);
+    cr_assert(qemu_migrate_await(vm) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect(scripted_qemu_was_asked("migrate-incoming"));
+    cr_assert(qemu_migrate_load(vm, fd) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect_str_eq(scripted_qemu_asked("migrate-incoming", 1), "", "it waits already");
+    stop();
+    close(scripted_qemu.given);
+    close(fd);
 }
 
 /* Active until it is cancelled: only then may the guest run. */
@@ -218,14 +274,15 @@ Test(ctl_migrate, destination_that_runs_already)
 Test(ctl_migrate, destination_loads_and_runs)
 {
     int fd = memfd_create("state", MFD_CLOEXEC);
+    uint64_t began_ns = 0;
 
     cr_assert(write(fd, "state", 5) == 5);
     start("inmigrate", NULL, 0);
     cr_assert(qemu_migrate_check_incoming(vm) == 0, "%s", qemu_migrate_why(vm));
     cr_assert(qemu_migrate_load(vm, fd) == 0, "%s", qemu_migrate_why(vm));
-    cr_expect(lseek(scripted_qemu.given, 0, SEEK_CUR) == 0,
-              "QEMU would not read it from its beginning");
-    cr_assert(qemu_migrate_run(vm) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect_str_eq(scripted_qemu.loaded, "state");
+    cr_assert(qemu_migrate_run(vm, &began_ns) == 0, "%s", qemu_migrate_why(vm));
+    cr_expect(began_ns > 0);
     cr_expect_str_eq(scripted_qemu.status, "running");
     stop();
     close(scripted_qemu.given);
@@ -237,6 +294,7 @@ static void expect_load(const struct scripted_answer *odd, size_t odd_count, int
 {
     int fd = memfd_create("state", MFD_CLOEXEC), r;
 
+    cr_assert(write(fd, "state", 5) == 5);
     start("inmigrate", odd, odd_count);
     r = qemu_migrate_load(vm, fd);
     cr_expect(r == error, "%s: %d", words, r);

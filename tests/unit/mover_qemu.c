@@ -140,13 +140,14 @@ static struct mover_done done(uint32_t what, int *ret_fd)
 static void ask_stop(void)
 {
     struct mover_stop stop_it = {.header = {MOVER_STOP, sizeof(stop_it)}, .pause = 1};
+    struct mover_done stopped;
 
     say(mover, &stop_it, sizeof(stop_it), -1);
     hear(agent, MOVER_STOP, &stop_it, sizeof(stop_it));
-    cr_expect(stop_it.pause == 0 && scripted_qemu_was_asked("stop"));
+    cr_expect(stop_it.pause == 0 && scripted_qemu_was_asked("migrate"));
     answer(MOVER_STOP, 0);
-    cr_expect(done(MOVER_STOP, NULL).result == 0);
-    cr_expect(scripted_qemu_was_asked("migrate"), "it is not saved while the agent is at work");
+    stopped = done(MOVER_STOP, NULL);
+    cr_expect(stopped.result == 0 && stopped.value > 0, "nobody knows how long it has stood still");
 }
 
 /* ---- the source ---- */
@@ -188,12 +189,7 @@ Test(mover_qemu, guest_is_stopped_saved_and_never_runs_again)
 
     start("running", NULL, 0);
     greet(MOVER_SOURCE, MOVER_PHASE_FRESH);
-    scripted_qemu.writes_nothing = true; /* an empty state is none */
     ask_stop();
-    ask(MOVER_SAVE);
-    saved = done(MOVER_SAVE, &fd);
-    cr_expect(saved.result == -EIO && fd < 0);
-    scripted_qemu.writes_nothing = false;
     ask(MOVER_SAVE);
     saved = done(MOVER_SAVE, &fd);
     cr_expect(saved.result == 0 && saved.value == 5 && fd >= 0);
@@ -276,6 +272,26 @@ Test(mover_qemu, mover_that_takes_over_lets_a_stopped_guest_run)
     }
 }
 
+/* The mover before has died while QEMU was saving, the guest still running: QEMU will stop it. */
+Test(mover_qemu, mover_that_takes_over_ends_what_would_stop_the_guest)
+{
+    static const struct scripted_answer active = {"query-migrate",
+                                                  "{\"return\": {\"status\": \"active\"}}\n"};
+    struct mover_header header;
+
+    scripted_qemu_start("running", &active, 1);
+    scripted_qemu.until = "migrate_cancel";
+    start_drive(true);
+    greet(MOVER_SOURCE, MOVER_PHASE_PRECOPY);
+    ask(MOVER_ABORT);
+    hear(agent, MOVER_ABORT, &header, sizeof(header));
+    answer(MOVER_ABORT, 0);
+    cr_expect(done(MOVER_ABORT, NULL).result == 0);
+    cr_expect(scripted_qemu_was_asked("migrate_cancel"));
+    cr_expect_str_eq(scripted_qemu.status, "running");
+    stop();
+}
+
 Test(mover_qemu, mover_that_takes_over_leaves_a_committed_guest_alone)
 {
     struct mover_header header;
@@ -291,18 +307,42 @@ Test(mover_qemu, mover_that_takes_over_leaves_a_committed_guest_alone)
     stop();
 }
 
-Test(mover_qemu, guest_that_can_not_be_stopped)
+static void expect_no_stop(const struct scripted_answer *odd, bool writes_nothing, int error)
 {
-    static const struct scripted_answer odd = {"stop", "{\"error\": {\"desc\": \"no\"}}\n"};
     struct mover_stop stop_it = {.header = {MOVER_STOP, sizeof(stop_it)}, .pause = 1};
     struct pollfd poller;
 
-    start("running", &odd, 1);
+    start("running", odd, odd ? 1 : 0);
+    scripted_qemu.writes_nothing = writes_nothing;
     greet(MOVER_SOURCE, MOVER_PHASE_FRESH);
     say(mover, &stop_it, sizeof(stop_it), -1);
-    cr_expect(done(MOVER_STOP, NULL).result == -EREMOTEIO);
+    cr_expect(done(MOVER_STOP, NULL).result == error);
     poller = (struct pollfd){.fd = agent, .events = POLLIN};
     cr_expect(poll(&poller, 1, 0) == 0, "the agent believes that the guest has stopped");
+    stop();
+}
+
+Test(mover_qemu, guest_that_can_not_be_stopped)
+{
+    static const struct scripted_answer no = {"migrate", "{\"error\": {\"desc\": \"no\"}}\n"};
+
+    expect_no_stop(&no, false, -EREMOTEIO);
+    expect_no_stop(NULL, true, -EIO); /* an empty state is none */
+}
+
+/* The agent has heard of the stop by then. */
+Test(mover_qemu, state_with_ram_in_it_is_none)
+{
+    static const struct scripted_answer moved = {
+        "query-migrate",
+        "{\"return\": {\"status\": \"completed\", \"ram\": {\"total\": 67633152}}}\n"};
+    int fd;
+
+    start("running", &moved, 1);
+    greet(MOVER_SOURCE, MOVER_PHASE_FRESH);
+    ask_stop();
+    ask(MOVER_SAVE);
+    cr_expect(done(MOVER_SAVE, &fd).result == -EXDEV && fd < 0);
     stop();
 }
 
@@ -311,6 +351,7 @@ Test(mover_qemu, guest_that_can_not_be_stopped)
 Test(mover_qemu, state_is_loaded_before_the_agent_hears_of_it)
 {
     struct mover_load load = {.header = {MOVER_LOAD, sizeof(load)}, .bytes = 5};
+    struct mover_session session = {.header = {MOVER_SET_SESSION, sizeof(session)}};
     struct mover_proven proven = {.header = {MOVER_PROVEN, sizeof(proven)}};
     int fd = memfd_create("state", MFD_CLOEXEC);
     struct mover_header header;
@@ -318,9 +359,12 @@ Test(mover_qemu, state_is_loaded_before_the_agent_hears_of_it)
     cr_assert(write(fd, "state", 5) == 5);
     start("inmigrate", NULL, 0);
     cr_expect(!greet(MOVER_DESTINATION, MOVER_PHASE_FRESH).reason[0]);
+    say(mover, &session, sizeof(session), -1);
+    hear(agent, MOVER_SET_SESSION, &session, sizeof(session));
+    cr_expect(scripted_qemu_was_asked("migrate-incoming"), "QEMU does not wait for its state");
     say(mover, &load, sizeof(load), fd);
     cr_expect(hear(agent, MOVER_LOAD, &load, sizeof(load)) < 0 && load.bytes == 0);
-    cr_expect(scripted_qemu_was_asked("migrate-incoming"));
+    cr_expect_str_eq(scripted_qemu.loaded, "state");
     answer(MOVER_LOAD, 0);
     cr_expect(done(MOVER_LOAD, NULL).result == 0);
     cr_expect(!scripted_qemu_was_asked("cont"));

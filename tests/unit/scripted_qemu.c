@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #define GREETING "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n"
@@ -24,13 +25,11 @@ static const struct scripted_answer good[] = {
     {"qom-list", "{\"return\": [{\"name\": \"net0\", \"type\": \"child<virtio-net-pci>\"}]}\n"},
     {"human-monitor-command", "{\"return\": \"net0: index=0,type=user\\r\\n\"}\n"},
     {"query-migrate", "{\"return\": {\"status\": \"completed\", \"ram\": {\"total\": 524288}}}\n"},
-    {"migrate", DONE "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n"
-                     "{\"event\": \"STOP\"}\n"
-                     "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n"},
-    {"migrate-incoming",
-     DONE "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n"
-          "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n"},
+    {"migrate", DONE "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n"},
+    {"migrate-incoming", DONE "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"setup\"}}\n"},
 };
+
+#define COMPLETED "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"completed\"}}\n"
 
 struct scripted_qemu scripted_qemu;
 #define qemu scripted_qemu
@@ -55,12 +54,55 @@ static void remember(const char *command, const json_t *arguments)
     qemu.asked++;
 }
 
+static bool say(int fd, const char *text)
+{
+    return send(fd, text, strlen(text), MSG_NOSIGNAL) > 0;
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
+/* The guest stands still, and its devices are saved. */
+static bool end_saving(int fd)
+{
+    struct timespec now;
+    char text[160];
+
+    qemu.stopped_after_ns = now_ns();
+    clock_gettime(CLOCK_REALTIME, &now);
+    qemu.stopped_before_ns = now_ns();
+    snprintf(text, sizeof(text),
+             "{\"event\": \"STOP\", \"timestamp\": {\"seconds\": %lld, \"microseconds\": %ld}}\n"
+             "%s",
+             (long long)now.tv_sec, now.tv_nsec / 1000, COMPLETED);
+    qemu.status = "postmigrate";
+    return say(fd, text);
+}
+
+/* Once it has read what there is to load. */
+static bool end_loading(int fd)
+{
+    ssize_t got = recv(qemu.given, qemu.loaded, 5, MSG_WAITALL);
+
+    if (got != 5)
+        return true;
+    qemu.status = "paused";
+    return say(fd, COMPLETED);
+}
+
 /* False: the connection ends. */
 static bool answer(int fd, const char *line)
 {
     json_t *request = json_loads(line, 0, NULL);
     const char *command = json_string_value(json_object_get(request, "execute"));
     const char *text = look_up(qemu.odd, qemu.odd_count, command);
+    bool odd, saves = strcmp(command, "migrate") == 0,
+              loads = strcmp(command, "migrate-incoming") == 0;
     char status[80];
 
     remember(command, json_object_get(request, "arguments"));
@@ -68,20 +110,21 @@ static bool answer(int fd, const char *line)
         snprintf(status, sizeof(status), "{\"return\": {\"status\": \"%s\"}}\n", qemu.status);
         text = status;
     }
+    odd = text != NULL;
     if (!text)
         text = look_up(good, sizeof(good) / sizeof(good[0]), command);
-    if (strcmp(command, "stop") == 0 || strcmp(command, "migrate-incoming") == 0)
-        qemu.status = "paused";
     if (strcmp(command, "cont") == 0)
         qemu.status = "running";
-    if (strcmp(command, "migrate") == 0 && qemu.given >= 0 && !qemu.writes_nothing)
+    if (saves && qemu.given >= 0 && !qemu.writes_nothing)
         cr_assert(write(qemu.given, "state", 5) == 5);
     if (qemu.until && strcmp(command, qemu.until) == 0)
         qemu.odd_count = 0;
     json_decref(request);
     if (!text)
         text = DONE;
-    return strcmp(text, CLOSE) != 0 && send(fd, text, strlen(text), MSG_NOSIGNAL) > 0;
+    if (strcmp(text, CLOSE) == 0 || !say(fd, text))
+        return false;
+    return odd || (saves ? end_saving(fd) : loads ? end_loading(fd) : true);
 }
 
 static ssize_t receive_byte(int fd, char *byte)

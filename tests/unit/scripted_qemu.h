@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #define DONE  "{\"return\": {}}\n"
 #define CLOSE "close" /* the monitor's connection ends instead of an answer */
@@ -30,6 +31,9 @@ struct scripted_qemu {
     size_t asked;
     bool writes_nothing; /* to the descriptor, when it is told to */
     int given;           /* the descriptor that came with getfd, -1 */
+    char loaded[8];      /* what it has read from there */
+    uint64_t stopped_after_ns,
+        stopped_before_ns; /* CLOCK_MONOTONIC; where it says by itself when */
 };
 
 extern struct scripted_qemu scripted_qemu;

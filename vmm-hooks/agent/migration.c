@@ -239,9 +239,9 @@ static void reset(struct migration *migration)
     memset(&migration->proven, 0, sizeof(migration->proven));
 }
 
-static void answer_stop(struct migration *migration, int result, uint64_t pending)
+static void answer_stop(struct migration *migration, int result)
 {
-    struct exchange exchange = {.answer_fd = -1, .value = pending, .ns = migration->stop_ns};
+    struct exchange exchange = {.answer_fd = -1, .ns = migration->stop_ns};
 
     if (!migration->stopping)
         return;
@@ -360,7 +360,7 @@ static int abort_source(struct migration *migration)
     if (migration->phase == MOVER_PHASE_COMMITTED)
         return -EPERM;
     close_engine(migration);
-    answer_stop(migration, -ECANCELED, 0);
+    answer_stop(migration, -ECANCELED);
     resume_guest(migration);
     release_scanner(migration->vm);
     reset(migration);
@@ -753,19 +753,18 @@ static void say_progress(struct migration *migration, uint64_t now, bool pass_en
 
 static void look_at_stop(struct migration *migration)
 {
-    uint64_t pending = 0;
     int r;
 
     if (!migration->stopping)
         return;
-    r = outgoing_stopped(&migration->outgoing, &pending);
+    r = outgoing_stopped(&migration->outgoing);
     if (r == -EINPROGRESS)
         return;
     if (r == 0) {
         migration->phase = MOVER_PHASE_STOPPED;
         say_progress(migration, clock_now_ns(), false); /* what is still to come */
     }
-    answer_stop(migration, r, pending);
+    answer_stop(migration, r);
 }
 
 static void look_at_passes(struct migration *migration)

@@ -593,6 +593,7 @@ int qemu_cmdline_extend(const struct qemu_cmdline *cmdline, const struct qemu_ex
     if (extras->ram_directory)
         add_backend(&builder, cmdline, extras->ram_directory);
     if (extras->incoming) {
+        add(&builder, "-S"); /* the guest runs when memd says so, whatever its state says */
         add(&builder, "-incoming");
         add(&builder, "defer");
     }

@@ -2,11 +2,15 @@
 /*
  * Both sides of moving a stock QEMU, as QMP commands.
  *
- *   source       check, capabilities ... stop ... getfd, migrate fd: ... (quit, or: cancel, cont)
- *   destination  (started with -incoming defer) check, capabilities ... getfd, migrate-incoming fd:
- *                ... cont
+ *   source       check, capabilities ... getfd, migrate fd: ... (quit, or: cancel, cont)
+ *   destination  (started with -S -incoming defer) check, capabilities, getfd, migrate-incoming fd:
+ *                ... the state ... cont
  *
- * From stop to cont every command is downtime: a millisecond where the host is busy.
+ * While the guest stands still every command is downtime: a millisecond where the host is busy. So
+ * nobody says stop: QEMU begins while the guest runs, stops it by itself when nothing but its
+ * devices is left to be saved, and has saved them a millisecond later. And the destination's QEMU
+ * waits for the first byte already when the state comes. A state that was saved like this says that
+ * the guest ran; -S keeps the QEMU that loads it from letting it run at once.
  *
  * With the capability x-ignore-shared QEMU leaves RAM that is shared with a file to somebody else.
  * Guest RAM is on such a file because memctl run put it there (cmdline.c); the agent has answered
@@ -26,10 +30,12 @@
 #include "migrate.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,11 +43,15 @@
 #include "qmp.h"
 
 #define COMMAND_MS 5000 /* a monitor answers in a millisecond; a busy host takes longer */
-#define TRANSFER_MS                                                                                \
-    15000                /* 0.3 MB take 10 ms, 64 MB of video memory on a busy host a second. What \
-                          * the agent says meanwhile (each 100 ms) fits into its socket for 28 s */
+#define TRANSFER_MS                                                                 \
+    15000 /* 0.3 MB take 10 ms, 64 MB of video memory on a busy host a second. What \
+           * the agent says meanwhile (each 100 ms) fits into its socket for 28 s */
+#define SETTLE_MS                                                                   \
+    2000 /* QEMU's small memory takes an eighth of a second at most, at its default \
+          * speed: a guest that writes to it faster is stopped */
 #define FINALIZE_MS 5000 /* it is done within milliseconds; a busy host takes longer */
 #define FD_NAME     "memd-state"
+#define AWAIT       "migrate-incoming"
 #define PATH_CHARS  108
 #define WHY_CHARS   320
 
@@ -51,7 +61,7 @@ struct qemu_migrate {
     struct qmp *qmp;              /* NULL: not connected */
     json_t *capabilities;         /* as they were before we changed them; NULL: not changed */
     unsigned long long ram_bytes; /* of the guest, known once it is checked */
-    bool stopped;                 /* by us, and not let go on since */
+    int feed;                     /* destination: the state goes in here; -1: QEMU waits for none */
     char why[WHY_CHARS];
 };
 
@@ -392,44 +402,97 @@ void qemu_migrate_inherit(struct qemu_migrate *vm)
 
 static int give_descriptor(struct qemu_migrate *vm, int fd)
 {
-    if (lseek(fd, 0, SEEK_SET) < 0 && errno != ESPIPE)
-        return fail(vm, -errno, "the state's descriptor: %s", strerror(errno));
     return run_with_fd(vm, "getfd", json_pack("{s:s}", "fdname", FD_NAME), fd, NULL);
 }
 
-/* Begins with one of the two commands, and waits for QEMU to say how it ended. */
-static int transfer(struct qemu_migrate *vm, const char *command)
+static uint64_t clock_ns(clockid_t clock)
 {
-    json_t *data;
-    int r;
+    struct timespec now;
 
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
+/* When it happened, by CLOCK_MONOTONIC, and not before `least_ns`: QEMU's stamps are of a clock
+ * that somebody may set. */
+static uint64_t time_of(const json_t *event, uint64_t least_ns)
+{
+    const json_t *stamp = json_object_get(event, "timestamp");
+    json_int_t s = json_integer_value(json_object_get(stamp, "seconds"));
+    json_int_t us = json_integer_value(json_object_get(stamp, "microseconds"));
+    uint64_t then = (uint64_t)s * 1000000000ULL + (uint64_t)us * 1000ULL;
+    uint64_t now = clock_ns(CLOCK_REALTIME), mono = clock_ns(CLOCK_MONOTONIC);
+
+    if (s <= 0 || then > now || now - then > mono - least_ns)
+        return least_ns;
+    return mono - (now - then);
+}
+
+static bool is_event(const json_t *event, const char *name)
+{
+    const char *its_name = json_string_value(json_object_get(event, "event"));
+
+    return its_name && strcmp(its_name, name) == 0;
+}
+
+/* A state on its way, one way or the other. */
+struct transfer {
+    const char *command; /* with which it began */
+    uint64_t began_ns;
+    uint64_t stopped_ns; /* 0: QEMU has not said that the guest stands still */
+    bool completed;
+};
+
+static int begin_transfer(struct qemu_migrate *vm, struct transfer *transfer)
+{
     qmp_forget_events(vm->qmp);
-    r = run(vm, command, json_pack("{s:s}", "uri", "fd:" FD_NAME), NULL);
-    while (r == 0) {
-        char status[32];
-        const char *word;
+    transfer->began_ns = clock_ns(CLOCK_MONOTONIC);
+    return run(vm, transfer->command, json_pack("{s:s}", "uri", "fd:" FD_NAME), NULL);
+}
 
-        r = qmp_wait_event(vm->qmp, "MIGRATION", TRANSFER_MS, &data);
-        if (r < 0) {
-            if (r != -ETIMEDOUT)
-                disconnect(vm);
-            return fail(vm, r, "QEMU: %s: %s", command,
-                        r == -ECONNRESET ? "it ended over it" : strerror(-r));
+static int look_at_event(struct qemu_migrate *vm, struct transfer *transfer, const json_t *event)
+{
+    const char *status =
+        json_string_value(json_object_get(json_object_get(event, "data"), "status"));
+
+    if (is_event(event, "STOP") && !transfer->stopped_ns)
+        transfer->stopped_ns = time_of(event, transfer->began_ns);
+    if (!is_event(event, "MIGRATION") || !status)
+        return 0;
+    transfer->completed = strcmp(status, "completed") == 0;
+    if (strcmp(status, "failed") == 0 || strcmp(status, "cancelled") == 0)
+        return fail(vm, -EIO, "QEMU: %s: %s", transfer->command, status);
+    return 0;
+}
+
+/* Until QEMU says how it ended. -ETIMEDOUT: it has not, in so long. */
+static int await_end(struct qemu_migrate *vm, struct transfer *transfer, int timeout_ms)
+{
+    uint64_t deadline_ns = clock_ns(CLOCK_MONOTONIC) + (uint64_t)timeout_ms * 1000000ULL;
+    int r = 0;
+
+    while (r == 0 && !transfer->completed) {
+        uint64_t now_ns = clock_ns(CLOCK_MONOTONIC);
+        json_t *event;
+
+        r = qmp_wait_event(
+            vm->qmp, deadline_ns > now_ns ? (int)((deadline_ns - now_ns) / 1000000ULL) : 0, &event);
+        if (r == 0) {
+            r = look_at_event(vm, transfer, event);
+            json_decref(event);
+            continue;
         }
-        word = json_string_value(json_object_get(data, "status"));
-        snprintf(status, sizeof(status), "%s", word ? word : "");
-        json_decref(data);
-        if (strcmp(status, "completed") == 0)
-            return 0;
-        if (strcmp(status, "failed") == 0 || strcmp(status, "cancelled") == 0)
-            r = fail(vm, -EIO, "QEMU: %s: %s", command, status);
+        if (r != -ETIMEDOUT)
+            disconnect(vm);
+        fail(vm, r, "QEMU: %s: %s", transfer->command,
+             r == -ECONNRESET ? "it ended over it" : strerror(-r));
     }
     return r;
 }
 
 /* QEMU counts all RAM that it does not ignore, moved or not. Were the guest's part of that, it
  * would be at least as much as the guest has. */
-static int check_nothing_moved(struct qemu_migrate *vm)
+int qemu_migrate_check_saved(struct qemu_migrate *vm)
 {
     json_t *migration, *total;
     unsigned long long counted;
@@ -451,54 +514,50 @@ static int check_nothing_moved(struct qemu_migrate *vm)
 
 /* ---- the source ---- */
 
+static bool is_over(const char *status)
+{
+    return !status[0] || strcmp(status, "none") == 0 || strcmp(status, "completed") == 0 ||
+           strcmp(status, "failed") == 0 || strcmp(status, "cancelled") == 0;
+}
+
 bool qemu_migrate_is_stopped(struct qemu_migrate *vm)
 {
     char status[32];
 
+    if (ask_word(vm, "query-migrate", "status", status) == 0 && !is_over(status))
+        return true;
     return ask_word(vm, "query-status", "status", status) == 0 &&
            (strcmp(status, "paused") == 0 || strcmp(status, "postmigrate") == 0 ||
             strcmp(status, "finish-migrate") == 0);
 }
 
-int qemu_migrate_stop(struct qemu_migrate *vm)
+int qemu_migrate_save(struct qemu_migrate *vm, int fd, uint64_t *ret_stopped_ns)
 {
+    struct transfer transfer = {.command = "migrate"};
     int r = vm->ram_bytes ? 0 : check_ram(vm);
 
     if (r == 0)
         r = qemu_migrate_prepare(vm);
-    if (r == 0)
-        r = run(vm, "stop", NULL, NULL);
-    vm->stopped = r == 0;
-    return r;
-}
-
-static int check_stopped(struct qemu_migrate *vm)
-{
-    char status[32];
-    int r = vm->stopped ? 0 : ask_word(vm, "query-status", "status", status);
-
-    if (r < 0 || vm->stopped || strcmp(status, "paused") == 0)
-        return r;
-    return fail(vm, -EBUSY, "the guest is not stopped: QEMU says '%s'", status);
-}
-
-int qemu_migrate_save(struct qemu_migrate *vm, int fd)
-{
-    int r = check_stopped(vm);
-
+    if (r == 0 && lseek(fd, 0, SEEK_SET) < 0 && errno != ESPIPE)
+        r = fail(vm, -errno, "the state's descriptor: %s", strerror(errno));
     if (r == 0)
         r = give_descriptor(vm, fd);
     if (r == 0)
-        r = transfer(vm, "migrate");
-    return r == 0 ? check_nothing_moved(vm) : r;
+        r = begin_transfer(vm, &transfer);
+    if (r == 0)
+        r = await_end(vm, &transfer, SETTLE_MS);
+    if (r == -ETIMEDOUT && vm->qmp) {
+        r = transfer.stopped_ns ? 0 : run(vm, "stop", NULL, NULL);
+        if (r == 0)
+            r = await_end(vm, &transfer, TRANSFER_MS);
+    }
+    *ret_stopped_ns = transfer.stopped_ns ? transfer.stopped_ns : transfer.began_ns;
+    return r;
 }
 
 static int64_t now_ms(void)
 {
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    return (int64_t)(clock_ns(CLOCK_MONOTONIC) / 1000000ULL);
 }
 
 /* A migration that still goes on is ended: the guest must not run while its state is written. */
@@ -510,10 +569,7 @@ static int end_transfer(struct qemu_migrate *vm)
     int r;
 
     while ((r = ask_word(vm, "query-migrate", "status", status)) == 0) {
-        bool over = !status[0] || strcmp(status, "none") == 0 || strcmp(status, "completed") == 0 ||
-                    strcmp(status, "failed") == 0 || strcmp(status, "cancelled") == 0;
-
-        if (over)
+        if (is_over(status))
             return 0;
         if (now_ms() > deadline_ms)
             return fail(vm, -ETIMEDOUT, "QEMU does not end its migration (%s)", status);
@@ -528,7 +584,7 @@ static int end_transfer(struct qemu_migrate *vm)
 
 /* QEMU says that a migration has ended some moments before it lets the guest run ("Migration is not
  * finalized yet"). */
-int qemu_migrate_run(struct qemu_migrate *vm)
+static int let_run(struct qemu_migrate *vm)
 {
     static const struct timespec moment = {.tv_nsec = 5000000};
     int64_t deadline_ms = now_ms() + FINALIZE_MS;
@@ -543,9 +599,8 @@ int qemu_migrate_resume(struct qemu_migrate *vm)
 {
     int r = end_transfer(vm);
 
-    vm->stopped = false;
     if (r == 0)
-        r = qemu_migrate_run(vm);
+        r = let_run(vm);
     if (r == 0)
         qemu_migrate_unprepare(vm);
     return r;
@@ -553,20 +608,97 @@ int qemu_migrate_resume(struct qemu_migrate *vm)
 
 /* ---- the destination ---- */
 
+int qemu_migrate_await(struct qemu_migrate *vm)
+{
+    struct transfer transfer = {.command = AWAIT};
+    int ends[2], r = qemu_migrate_prepare(vm);
+
+    if (r < 0 || vm->feed >= 0)
+        return r;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
+        return fail(vm, -errno, "a socket for the state: %s", strerror(errno));
+    r = give_descriptor(vm, ends[1]);
+    close(ends[1]);
+    if (r == 0)
+        r = begin_transfer(vm, &transfer);
+    if (r == 0)
+        vm->feed = ends[0];
+    else
+        close(ends[0]);
+    return r;
+}
+
+static int send_all(int to, const uint8_t *bytes, size_t count, int64_t deadline_ms)
+{
+    while (count > 0) {
+        struct pollfd poller = {.fd = to, .events = POLLOUT};
+        int64_t left = deadline_ms - now_ms();
+        ssize_t sent;
+
+        if (left <= 0)
+            return -ETIMEDOUT;
+        sent = send(to, bytes, count, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent < 0 && errno != EAGAIN && errno != EINTR)
+            return -errno;
+        if (sent < 0)
+            poll(&poller, 1, (int)left);
+        bytes += sent > 0 ? sent : 0;
+        count -= sent > 0 ? (size_t)sent : 0;
+    }
+    return 0;
+}
+
+/* All of the file into the socket from which QEMU reads. */
+static int feed_state(struct qemu_migrate *vm, int fd)
+{
+    int64_t deadline_ms = now_ms() + TRANSFER_MS;
+    uint8_t room[64 << 10];
+    off_t at = 0;
+    ssize_t got;
+    int r = 0;
+
+    while (r == 0 && (got = pread(fd, room, sizeof(room), at)) != 0) {
+        if (got < 0)
+            return fail(vm, -errno, "the state's descriptor: %s", strerror(errno));
+        r = send_all(vm->feed, room, (size_t)got, deadline_ms);
+        at += got;
+    }
+    /* Who has ended says so on the monitor, or by ending there. */
+    return r == -EPIPE || r == -ECONNRESET || r == 0
+               ? 0
+               : fail(vm, r, "QEMU: the state: %s", strerror(-r));
+}
+
 int qemu_migrate_load(struct qemu_migrate *vm, int fd)
 {
+    struct transfer transfer = {.command = AWAIT};
     char status[32];
-    int r = qemu_migrate_prepare(vm);
+    int r = qemu_migrate_await(vm);
 
     if (r == 0)
-        r = give_descriptor(vm, fd);
+        r = feed_state(vm, fd);
     if (r == 0)
-        r = transfer(vm, "migrate-incoming");
+        r = await_end(vm, &transfer, TRANSFER_MS);
     /* What comes behind the last byte of the state is done in the monitor's own thread. */
     if (r == 0)
         r = ask_word(vm, "query-status", "status", status);
     if (r == 0 && strcmp(status, "paused") != 0)
         r = fail(vm, -EPROTO, "the guest came, and QEMU says '%s'", status);
+    return r;
+}
+
+int qemu_migrate_run(struct qemu_migrate *vm, uint64_t *ret_began_ns)
+{
+    uint64_t asked_ns = clock_ns(CLOCK_MONOTONIC);
+    json_t *event;
+    int r = let_run(vm);
+
+    *ret_began_ns = r == 0 ? clock_ns(CLOCK_MONOTONIC) : 0;
+    while (r == 0 && vm->qmp && qmp_wait_event(vm->qmp, 0, &event) == 0) {
+        if (is_event(event, "RESUME"))
+            *ret_began_ns = time_of(event, asked_ns);
+        json_decref(event);
+    }
     return r;
 }
 
@@ -590,7 +722,7 @@ int qemu_migrate_open(const char *qmp_path, struct qemu_migrate **ret_vm)
     if (!vm)
         return -ENOMEM;
     strcpy(vm->path, qmp_path);
-    vm->fd = -1;
+    vm->fd = vm->feed = -1;
     *ret_vm = vm;
     return 0;
 }
@@ -613,6 +745,8 @@ void qemu_migrate_close(struct qemu_migrate *vm)
     disconnect(vm);
     if (vm->fd >= 0)
         close(vm->fd);
+    if (vm->feed >= 0)
+        close(vm->feed);
     json_decref(vm->capabilities);
     free(vm);
 }

@@ -11,6 +11,7 @@
 #define MEMD_QEMU_MIGRATE_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 struct qemu_migrate;
 
@@ -39,16 +40,17 @@ void qemu_migrate_inherit(struct qemu_migrate *vm);
 /* Can it be moved at all? Changes nothing. -ENOTSUP: no, and why not. */
 int qemu_migrate_check(struct qemu_migrate *vm);
 
-/* Does it stand still, as after a stop or a save? False also when QEMU does not say. */
+/* Does it stand still, as after a save, or is it being saved? False also when QEMU does not say. */
 bool qemu_migrate_is_stopped(struct qemu_migrate *vm);
 
-/* Stops the guest: no vCPU runs and no I/O to its memory is under way. */
-int qemu_migrate_stop(struct qemu_migrate *vm);
-
-/* The stopped guest's device state into the descriptor: best a memfd, into which it is written from
- * the beginning; where it is a pipe or a socket, somebody must read it meanwhile. -EXDEV: QEMU has
- * moved RAM too, so what it wrote must not be used. */
-int qemu_migrate_save(struct qemu_migrate *vm, int fd);
+/* The guest's device state into the descriptor: best a memfd, into which it is written from the
+ * beginning; where it is a pipe or a socket, somebody must read it meanwhile. The guest runs until
+ * nothing else is left to be saved. After 0 it stands still: no vCPU runs and no I/O to its memory
+ * is under way. After an error nobody knows: qemu_migrate_resume(). *ret_stopped_ns is since when
+ * it stands still, in nanoseconds of CLOCK_MONOTONIC. */
+int qemu_migrate_save(struct qemu_migrate *vm, int fd, uint64_t *ret_stopped_ns);
+/* Of what was saved. -EXDEV: QEMU has moved RAM too, so what it wrote must not be used. */
+int qemu_migrate_check_saved(struct qemu_migrate *vm);
 
 /* The guest runs on here, whatever was done before, also when that failed half-way. */
 int qemu_migrate_resume(struct qemu_migrate *vm);
@@ -59,14 +61,17 @@ int qemu_migrate_resume(struct qemu_migrate *vm);
  * -ENOTSUP. From its start until the load it has touched none of that RAM. */
 int qemu_migrate_check_incoming(struct qemu_migrate *vm);
 
-/* Loads the state, from a file's beginning where it is one. QEMU reads and writes guest RAM
- * meanwhile, so its pages must be there or be served. After 0 the guest is stopped, with all of its
- * state. -ECONNRESET: QEMU has ended over it, as it does when it can't load a state. */
+/* QEMU waits for the state's first byte. Left out, it is done by the load, and costs downtime. */
+int qemu_migrate_await(struct qemu_migrate *vm);
+
+/* Loads the state, which is all of this file. QEMU reads and writes guest RAM meanwhile, so its
+ * pages must be there or be served. After 0 the guest is stopped, with all of its state.
+ * -ECONNRESET: QEMU has ended over it, as it does when it can't load a state. */
 int qemu_migrate_load(struct qemu_migrate *vm, int fd);
 
-/* The guest runs. (To put the capabilities back is left to the caller: a QEMU whose guest runs
- * answers late.) */
-int qemu_migrate_run(struct qemu_migrate *vm);
+/* The guest runs, since *ret_began_ns of CLOCK_MONOTONIC. (To put the capabilities back is left to
+ * the caller: a QEMU whose guest runs answers late.) */
+int qemu_migrate_run(struct qemu_migrate *vm, uint64_t *ret_began_ns);
 
 /* ---- either ---- */
 

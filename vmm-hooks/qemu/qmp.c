@@ -224,30 +224,14 @@ int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int tim
 
 /* ---- events ---- */
 
-/* Takes the first kept event of this name; those before it go. NULL: there is none, all go. */
-static json_t *take_event(struct qmp *qmp, const char *name)
-{
-    json_t *taken = NULL;
-
-    while (!taken && json_array_size(qmp->events) > 0) {
-        json_t *event = json_array_get(qmp->events, 0);
-        const char *its_name = json_string_value(json_object_get(event, "event"));
-
-        if (its_name && strcmp(its_name, name) == 0)
-            taken = json_incref(event);
-        json_array_remove(qmp->events, 0);
-    }
-    return taken;
-}
-
-int qmp_wait_event(struct qmp *qmp, const char *name, int timeout_ms, json_t **ret_data)
+int qmp_wait_event(struct qmp *qmp, int timeout_ms, json_t **ret_event)
 {
     int64_t deadline_ms = now_ms() + timeout_ms;
-    json_t *event, *object = NULL, *data;
 
     if (qmp->dead)
         return -ENOTCONN;
-    while (!(event = take_event(qmp, name))) {
+    while (json_array_size(qmp->events) == 0) {
+        json_t *object = NULL;
         int error = receive(qmp, deadline_ms, &object);
 
         if (error < 0) {
@@ -257,9 +241,8 @@ int qmp_wait_event(struct qmp *qmp, const char *name, int timeout_ms, json_t **r
         keep_event(qmp, object);
         json_decref(object);
     }
-    data = json_object_get(event, "data");
-    *ret_data = data ? json_incref(data) : json_null();
-    json_decref(event);
+    *ret_event = json_incref(json_array_get(qmp->events, 0));
+    json_array_remove(qmp->events, 0);
     return 0;
 }
 

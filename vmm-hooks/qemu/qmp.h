@@ -40,10 +40,10 @@ int qmp_execute(struct qmp *qmp, const char *command, json_t *arguments, int tim
 int qmp_execute_with_fd(struct qmp *qmp, const char *command, json_t *arguments, int fd,
                         int timeout_ms, json_t **ret_result);
 
-/* The next event of this name, one that came earlier if there is; those before it are dropped.
- * *ret_data is its "data" member (null where it has none), to be given up with json_decref().
- * -ETIMEDOUT: none came, the connection lives on. After any other error it is dead. */
-int qmp_wait_event(struct qmp *qmp, const char *name, int timeout_ms, json_t **ret_data);
+/* The next event, one that came earlier if there is: the whole object, to be given up with
+ * json_decref(). -ETIMEDOUT: none came, the connection lives on. After any other error it is dead.
+ */
+int qmp_wait_event(struct qmp *qmp, int timeout_ms, json_t **ret_event);
 /* Drops the events that have come so far. */
 void qmp_forget_events(struct qmp *qmp);
 

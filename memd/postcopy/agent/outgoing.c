@@ -64,13 +64,9 @@ void outgoing_release(struct outgoing *outgoing)
     stream_wake(&outgoing->bulk);
 }
 
-int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending)
+int outgoing_stopped(const struct outgoing *outgoing)
 {
-    int result = __atomic_load_n(&outgoing->map_result, __ATOMIC_ACQUIRE);
-
-    if (result == 0)
-        *ret_pending = (uint64_t)outgoing->map_pending;
-    return result;
+    return __atomic_load_n(&outgoing->map_result, __ATOMIC_ACQUIRE);
 }
 
 static int map_arrays(struct outgoing *outgoing)

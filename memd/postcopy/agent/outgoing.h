@@ -98,7 +98,6 @@ struct outgoing {
     uint32_t pushing;    /* bulk is in the middle of it */
     uint32_t push_waits; /* for outgoing_release(): only what is asked for is sent */
     int32_t map_result;  /* -EINPROGRESS while the map is being made, else 0 or -errno */
-    int64_t map_pending;
 
     /* Any thread may read these. */
     struct outgoing_counts counts;
@@ -150,9 +149,9 @@ void outgoing_precopy(struct outgoing *outgoing);
  * `hold` until outgoing_release(). It does not wait: news is rung when it is done. */
 void outgoing_stop(struct outgoing *outgoing, bool hold);
 void outgoing_release(struct outgoing *outgoing);
-/* 0 and how many pages are to be pushed; -EINPROGRESS: not done yet; -errno: the connection broke,
- * and what the destination knows is not known. */
-int outgoing_stopped(const struct outgoing *outgoing, uint64_t *ret_pending);
+/* 0; -EINPROGRESS: not done yet; -errno: the connection broke, and what the destination knows is
+ * not known. */
+int outgoing_stopped(const struct outgoing *outgoing);
 
 /* Pages that are to be sent. */
 uint64_t outgoing_pending(const struct outgoing *outgoing);

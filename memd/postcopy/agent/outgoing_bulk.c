@@ -304,7 +304,6 @@ static int make_map(struct outgoing *outgoing)
 
     if (pages < 0)
         return (int)pages;
-    outgoing->map_pending = pages;
     outgoing->cursor = 0;
     /* Requests come as soon as the map has arrived. */
     __atomic_store_n(&outgoing->task, OUTGOING_PUSH, __ATOMIC_RELEASE);

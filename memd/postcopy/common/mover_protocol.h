@@ -152,7 +152,8 @@ struct mover_done {
     uint32_t what;  /* enum mover_type of the request */
     int32_t result; /* 0 or -errno */
     uint64_t value; /* SET_SESSION: as urgent_tid of HELLO, which the source has from now on only.
-                       SAVE: bytes in the memfd. STOP: pages that are still to be sent. HOLD, GO,
+                       SAVE: bytes in the memfd. STOP, RUN: for how many nanoseconds the guest
+                       has stood still or run, 0: not known better than by the answer. HOLD, GO,
                        RUN, LOAD, STOP: nanoseconds that the VMM's hook took are in `ns` */
     uint64_t ns;
 };

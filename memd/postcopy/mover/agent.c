@@ -70,6 +70,7 @@ void agent_ask(struct mover *mover, uint32_t what)
             mover_event(mover, &(struct session_event){.type = EVENT_DONE, .what = what});
         return;
     }
+    mover->asked_ns = mover->now_ns;
     switch (what) {
     case MOVER_SET_SESSION: result = ask_session(mover); break;
     case MOVER_STOP:
@@ -243,6 +244,10 @@ static void take_done(struct mover *mover, const uint8_t *message, size_t bytes,
             take_state(mover, &done, *fd);
             *fd = -1;
         }
+    } else if (done.what == MOVER_STOP && done.value) {
+        mover->stop_ns = mover_time(mover, mover->asked_ns, done.value);
+    } else if (done.what == MOVER_RUN && done.result == 0) {
+        mover->run_ns = mover_time(mover, mover->asked_ns, done.value);
     } else if (done.result && done.what != MOVER_UNLINK && done.what != MOVER_HOLD) {
         mover_say_why(mover, "%s: %s", undone(done.what), strerror(-done.result));
     }

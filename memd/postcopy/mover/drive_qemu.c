@@ -5,8 +5,7 @@
  *   HELLO    (from the agent) gets the bits of the hooks; of a migration that has not begun, the
  *            reason for which QEMU can't be moved, if there is one
  *   SESSION  QEMU is prepared, as far as that can be done before the guest stops
- *   STOP     QEMU stops, then the agent is told that the guest has stopped; and QEMU saves while
- *            the agent writes its map
+ *   STOP     QEMU saves, and so stops; then the agent is told that the guest has stopped
  *   SAVE     gets what QEMU has saved, the agent hears nothing of it
  *   LOAD     QEMU loads, while the agent serves its faults; then the agent is told that it is
  *            loaded
@@ -48,10 +47,11 @@
 struct drive {
     int agent, mover;
     struct qemu_migrate *qemu;
-    uint32_t role;    /* enum mover_role, once HELLO has said it */
-    bool takes_over;  /* from a mover that has died, with what that has done to QEMU */
-    bool touched;     /* source: QEMU has been stopped, or may have been */
-    bool is_aborting; /* the agent's answer to ABORT is awaited */
+    uint32_t role;     /* enum mover_role, once HELLO has said it */
+    bool takes_over;   /* from a mover that has died, with what that has done to QEMU */
+    bool touched;      /* source: QEMU has been stopped, or may have been */
+    bool is_aborting;  /* the agent's answer to ABORT is awaited */
+    uint64_t since_ns; /* source: the guest stands still; destination: it runs */
     /* What QEMU has saved and nobody has asked for yet. */
     bool has_saved;
     int saved_result, saved_fd; /* the fd is -1 where that failed */
@@ -152,7 +152,7 @@ static void forget_saved(struct drive *drive)
 static void save(struct drive *drive)
 {
     int fd = memfd_create("memd-state", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    int r = fd < 0 ? -errno : qemu_migrate_save(drive->qemu, fd);
+    int r = fd < 0 ? -errno : qemu_migrate_save(drive->qemu, fd, &drive->since_ns);
     off_t bytes = r == 0 ? lseek(fd, 0, SEEK_END) : 0;
 
     if (r == 0 && (bytes <= 0 || fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0))
@@ -173,20 +173,25 @@ static bool stop(struct drive *drive, struct message *message)
     if (!message->stop.pause)
         return send_on(drive->agent, message);
     drive->touched = true;
-    r = qemu_migrate_stop(drive->qemu);
-    if (r < 0)
-        return answer(drive, MOVER_STOP, r, 0, -1);
+    save(drive);
+    if (drive->saved_result < 0)
+        return answer(drive, MOVER_STOP, drive->saved_result, 0, -1);
     message->stop.pause = 0;
     if (!send_on(drive->agent, message))
         return false;
-    save(drive);
+    r = qemu_migrate_check_saved(drive->qemu);
+    if (r < 0) {
+        close(drive->saved_fd);
+        drive->saved_fd = -1;
+        drive->saved_result = r;
+    }
     return true;
 }
 
 static bool give_saved(struct drive *drive)
 {
     if (!drive->has_saved)
-        save(drive);
+        return answer(drive, MOVER_SAVE, -EPERM, 0, -1);
     drive->has_saved = false;
     return answer(drive, MOVER_SAVE, drive->saved_result, drive->saved_bytes, drive->saved_fd);
 }
@@ -204,7 +209,7 @@ static bool load(struct drive *drive, struct message *message)
 
 static bool run(struct drive *drive, struct message *message)
 {
-    int r = qemu_migrate_run(drive->qemu);
+    int r = qemu_migrate_run(drive->qemu, &drive->since_ns);
 
     return r < 0 ? answer(drive, MOVER_RUN, r, 0, -1) : send_on(drive->agent, message);
 }
@@ -212,7 +217,10 @@ static bool run(struct drive *drive, struct message *message)
 /* Should it fail, it is tried again when it is needed, and said then. */
 static void prepare(struct drive *drive)
 {
-    (void)qemu_migrate_prepare(drive->qemu);
+    if (drive->role == MOVER_DESTINATION)
+        (void)qemu_migrate_await(drive->qemu);
+    else
+        (void)qemu_migrate_prepare(drive->qemu);
 }
 
 static bool from_mover(struct drive *drive, struct message *message)
@@ -289,6 +297,9 @@ static bool from_agent(struct drive *drive, struct message *message)
     } else if (type == MOVER_DONE && message->done.what == MOVER_ABORT && drive->is_aborting) {
         finish_abort(drive, &message->done);
         message->done.ns += clock_now_ns() - begun;
+    } else if (type == MOVER_DONE && message->done.result == 0 && drive->since_ns &&
+               (message->done.what == MOVER_STOP || message->done.what == MOVER_RUN)) {
+        message->done.value = begun - drive->since_ns;
     } else if (type == MOVER_PROVEN && drive->role == MOVER_DESTINATION) {
         qemu_migrate_unprepare(drive->qemu); /* before: the mover may end when it has heard it */
     }

@@ -29,6 +29,12 @@ void mover_say_why(struct mover *mover, const char *format, ...)
     va_end(arguments);
 }
 
+uint64_t mover_time(const struct mover *mover, uint64_t least_ns, uint64_t ago_ns)
+{
+    return mover->now_ns > least_ns && ago_ns < mover->now_ns - least_ns ? mover->now_ns - ago_ns
+                                                                         : least_ns;
+}
+
 /* ---- what is done ---- */
 
 static void end(struct mover *mover)

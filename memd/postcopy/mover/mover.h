@@ -84,7 +84,8 @@ struct mover {
     struct precopy precopy;
     uint64_t linger_ns; /* it is over, and the last words are given so long to arrive */
     bool said_all;
-    uint64_t late_ns; /* the present state has lasted too long then; 0: it may last */
+    uint64_t late_ns;  /* the present state has lasted too long then; 0: it may last */
+    uint64_t asked_ns; /* the agent, the latest request */
     uint64_t stop_ns, run_ns, precopy_ns, end_ns;
     uint64_t past_bytes; /* of connections that have ended, both directions */
 };
@@ -99,6 +100,8 @@ void mover_event(struct mover *mover, const struct session_event *event);
 void mover_fail(struct mover *mover);
 /* A connection has ended: the others end with it. */
 void mover_cut(struct mover *mover, int error, const char *why);
+/* What somebody says was `ago_ns`: not before `least_ns`, whatever he says. */
+uint64_t mover_time(const struct mover *mover, uint64_t least_ns, uint64_t ago_ns);
 /* The words that the operator sees; the first ones stay. */
 void mover_say_why(struct mover *mover, const char *format, ...)
     __attribute__((format(printf, 2, 3)));

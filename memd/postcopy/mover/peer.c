@@ -169,6 +169,12 @@ static bool take_ok(struct cursor *cursor, struct peer_frame *frame)
     return frame->port > 0 && frame->port <= UINT16_MAX;
 }
 
+static bool take_ago(struct cursor *cursor, struct peer_frame *frame)
+{
+    frame->ago_ns = take(cursor, 8);
+    return true;
+}
+
 static bool take_words(struct cursor *cursor, struct peer_frame *frame)
 {
     frame->words.code = take_u32(cursor);
@@ -231,7 +237,7 @@ static const struct kind {
     [PEER_STATE] = {17, 16 + PEER_CHUNK_BYTES, take_state},
     [PEER_READY] = {0, 0, take_nothing},
     [PEER_GO] = {0, 0, take_nothing},
-    [PEER_RUNNING] = {0, 0, take_nothing},
+    [PEER_RUNNING] = {8, 8, take_ago},
     [PEER_ABORT] = {4 + PEER_TEXT_BYTES, 4 + PEER_TEXT_BYTES, take_words},
     [PEER_PING] = {0, 0, take_nothing},
     [PEER_RESUME] = {4, 4, take_stand},
@@ -320,6 +326,7 @@ static uint8_t *put_payload(uint8_t *at, const struct peer_frame *frame)
     switch (frame->type) {
     case PEER_HELLO: return put_hello(at, &frame->hello);
     case PEER_OK: return put(at, frame->port, 4);
+    case PEER_RUNNING: return put(at, frame->ago_ns, 8);
     case PEER_REFUSED:
     case PEER_ABORT:
         at = put(at, frame->words.code, 4);

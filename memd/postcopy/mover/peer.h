@@ -20,7 +20,7 @@
 
 #include "units.h"
 
-#define PEER_VERSION       1U
+#define PEER_VERSION       2U
 #define PEER_MAGIC         0x31766f6d646d656dULL /* "memdmov1" */
 #define PEER_SESSION_BYTES 16
 #define PEER_NAME_BYTES    64
@@ -130,6 +130,7 @@ struct peer_frame {
         struct peer_state state;
         struct peer_figures figures; /* PROVEN */
         uint32_t port;               /* OK: of the same address */
+        uint64_t ago_ns;             /* RUNNING: since when it does */
         enum peer_stand stand;       /* RESUME */
     };
 };

@@ -77,6 +77,7 @@ void talk_say(struct mover *mover, enum peer_type type, int value)
     switch (type) {
     case PEER_HELLO: fill_hello(mover, &frame.hello); break;
     case PEER_OK: frame.port = mover->data_port; break;
+    case PEER_RUNNING: frame.ago_ns = mover->now_ns - mover->run_ns; break;
     case PEER_REFUSED:
     case PEER_ABORT: fill_words(mover, value, &frame.words); break;
     case PEER_RESUME: frame.stand = (enum peer_stand)value; break;
@@ -203,7 +204,7 @@ static int look_at(struct mover *mover, const struct peer_frame *frame)
         hear_words(mover, frame);
         return frame->words.code ? -(int)frame->words.code : 0;
     case PEER_PROVEN: mover->peer_figures = frame->figures; return 0;
-    case PEER_RUNNING: mover->run_ns = mover->now_ns; return 0;
+    case PEER_RUNNING: mover->run_ns = mover_time(mover, mover->stop_ns, frame->ago_ns); return 0;
     case PEER_RESUME:
         if (!mover->run_ns && (frame->stand == PEER_RUNS || frame->stand == PEER_HAS_ALL))
             mover->run_ns = mover->now_ns;
