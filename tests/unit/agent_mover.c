@@ -307,8 +307,10 @@ static void hand_over(void)
     if (destination.mapped.header.type == 0)
         hear_until(&destination, MOVER_MAPPED, NULL);
     cr_assert_eq(load(), 0);
+    cr_assert_eq(ask(&source, MOVER_PUSH), -EPERM, "the guest stands still");
     cr_assert_eq(ask(&source, MOVER_COMMIT), 0);
     cr_assert_eq(ask(&destination, MOVER_RUN), 0);
+    cr_assert_eq(ask(&source, MOVER_PUSH), 0);
 }
 
 static void assert_moved(void)
@@ -351,6 +353,7 @@ Test(agent_mover, what_is_left_is_told_before_the_guest_goes)
 {
     begin(0);
     cr_assert_eq(stop(1), 0);
+    hear_until(&source, MOVER_PROGRESS, NULL);
     cr_assert_gt(source.pages_left, PAGES / 2);
 }
 
@@ -438,25 +441,75 @@ Test(agent_mover, another_mover_takes_over)
     assert_moved();
 }
 
-/* The stop waits for a destination that does not read: it can be called off. */
-Test(agent_mover, a_stop_that_does_not_end_is_overtaken)
+Test(agent_mover, without_all_of_the_map_there_is_no_commit)
 {
-    struct mover_stop message = {{MOVER_STOP, sizeof(message)}, 1, 0};
-    struct mover_plain abort = {{MOVER_ABORT, sizeof(abort)}};
+    set_session(&source, 0);
+    cr_assert_eq(stop(1), 0);
+    cr_assert_lt(ask(&source, MOVER_COMMIT), 0, "there is no link for the map to go by");
+    cr_assert_eq(ask(&source, MOVER_ABORT), 0);
+    cr_assert_eq(vmm.resumes, 1);
+}
+
+/* A link of the source alone, into which the map does not fit while nobody reads. The other end. */
+static int link_narrow(void)
+{
+    struct mover_link link = {{MOVER_LINK, sizeof(link)}, MOVER_BULK, 1};
+    int ends[2], least = 0;
+
+    cr_assert_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    cr_assert_eq(setsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &least, sizeof(least)), 0);
+    cr_assert_eq(ask_with(&source, &link, sizeof(link), ends[0]), 0);
+    close(ends[0]);
+    return ends[1];
+}
+
+static void say_plain(uint32_t type)
+{
+    struct mover_plain plain = {{type, sizeof(plain)}};
     struct rpc rpc = {.fd = source.fd};
+
+    cr_assert_eq(rpc_send(&rpc, &plain, sizeof(plain), -1), 0);
+}
+
+Test(agent_mover, a_commit_that_waits_for_the_map_is_overtaken)
+{
     struct mover_done done = {0};
+    int reader;
 
     set_session(&source, 0);
-    /* No link at all: the map goes nowhere, or is refused at once. */
-    cr_assert_eq(rpc_send(&rpc, &message, sizeof(message), -1), 0);
-    cr_assert_eq(rpc_send(&rpc, &abort, sizeof(abort), -1), 0);
+    reader = link_narrow();
+    cr_assert_eq(stop(1), 0);
+    say_plain(MOVER_COMMIT);
+    say_plain(MOVER_ABORT);
     hear_until(&source, MOVER_DONE, &done);
-    cr_assert_eq(done.what, MOVER_STOP);
-    cr_assert_lt(done.result, 0);
-    hear_until(&source, MOVER_DONE, &done);
-    cr_assert_eq(done.what, MOVER_ABORT);
+    cr_assert_eq(done.what, MOVER_ABORT, "it has committed to what the destination has not got");
     cr_assert_eq(done.result, 0);
     cr_assert_eq(vmm.resumes, 1);
+    close(reader);
+}
+
+/* Its mover has died with the question: nobody has heard an answer, and the next one may abort. */
+Test(agent_mover, a_commit_that_nobody_waits_for_is_none)
+{
+    char room[4096];
+    int ends[2], reader;
+
+    set_session(&source, 0);
+    reader = link_narrow();
+    cr_assert_eq(stop(1), 0);
+    say_plain(MOVER_COMMIT);
+    close(source.fd);
+    cr_assert_eq(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+    memd_end_give_mover(&vmm.memd, MOVER_SOURCE, ends[1]);
+    close(ends[1]);
+    source.fd = ends[0];
+    hear_until(&source, MOVER_REGION, NULL);
+    cr_assert_eq(source.hello.phase, MOVER_PHASE_STOPPED);
+    while (__atomic_load_n(&vmm.vm->migration.mapping, __ATOMIC_ACQUIRE))
+        (void)!recv(reader, room, sizeof(room), MSG_DONTWAIT);
+    cr_assert_eq(ask(&source, MOVER_ABORT), 0, "the guest can run nowhere any more");
+    cr_assert_eq(vmm.resumes, 1);
+    close(reader);
 }
 
 /* Nobody is there to end it: the guest is not left paused. (It takes MOVER_PATIENCE_S.) */

@@ -117,6 +117,26 @@ static void bring_destination(struct session *session, enum session_state to)
     cr_assert_eq(session->state, to, "it is in %s", session_state_name(session->state));
 }
 
+/* Not before: CPU and link are for the switch-over. And once, whoever says it how often. */
+Test(mover_session, pages_are_pushed_when_the_guest_runs)
+{
+    struct session source;
+
+    bring_source(&source, SOURCE_COMMITTED);
+    cr_assert_not(asks(&source, MOVER_PUSH));
+    hear(&source, PEER_RUNNING, 0);
+    cr_assert(asks(&source, MOVER_PUSH));
+    hear(&source, PEER_RUNNING, 0);
+    cr_assert_not(asks(&source, MOVER_PUSH));
+    bring_source(&source, SOURCE_COMMITTED);
+    cut(&source);
+    hear(&source, PEER_RESUME, PEER_WAITS);
+    cr_assert_not(asks(&source, MOVER_PUSH));
+    cut(&source);
+    hear(&source, PEER_RESUME, PEER_RUNS);
+    cr_assert(asks(&source, MOVER_PUSH), "what it said before the cut was not heard");
+}
+
 Test(mover_session, usual_way_ends_completed)
 {
     struct session source, destination;

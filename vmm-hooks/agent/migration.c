@@ -74,6 +74,7 @@ static void lose_mover(struct migration *migration)
     if (migration->fd >= 0)
         sys_close(migration->fd);
     migration->fd = -1;
+    migration->committing = false; /* nobody has heard a yes: the next mover may abort */
     migration->alone_since_ns = clock_now_ns();
 }
 
@@ -239,16 +240,6 @@ static void reset(struct migration *migration)
     memset(&migration->proven, 0, sizeof(migration->proven));
 }
 
-static void answer_stop(struct migration *migration, int result)
-{
-    struct exchange exchange = {.answer_fd = -1, .ns = migration->stop_ns};
-
-    if (!migration->stopping)
-        return;
-    migration->stopping = false;
-    say_done(migration, MOVER_STOP, result, &exchange);
-}
-
 static bool is_zero(const uint8_t *bytes, size_t count)
 {
     for (size_t i = 0; i < count; i++)
@@ -360,7 +351,7 @@ static int abort_source(struct migration *migration)
     if (migration->phase == MOVER_PHASE_COMMITTED)
         return -EPERM;
     close_engine(migration);
-    answer_stop(migration, -ECANCELED);
+    migration->mapping = migration->committing = false;
     resume_guest(migration);
     release_scanner(migration->vm);
     reset(migration);
@@ -399,21 +390,21 @@ static int pause_guest(struct migration *migration, uint64_t *ret_ns)
     return r;
 }
 
-/* Answered when the map is written: answer_stop. */
+/* The final map is written while the state is saved. */
 static int stop_guest(struct migration *migration, struct exchange *exchange)
 {
     int r = 0;
 
-    if (!migration->have_outgoing || migration->stopping ||
+    if (!migration->have_outgoing ||
         (migration->phase != MOVER_PHASE_FRESH && migration->phase != MOVER_PHASE_PRECOPY))
         return -EPERM;
     hold_scanner(migration->vm);
-    migration->stop_ns = 0;
     if (exchange->request->stop.pause)
-        r = pause_guest(migration, &migration->stop_ns);
+        r = pause_guest(migration, &exchange->ns);
     if (r < 0)
         return r;
-    migration->stopping = true;
+    migration->phase = MOVER_PHASE_STOPPED;
+    migration->mapping = true;
     outgoing_stop(&migration->outgoing, exchange->request->stop.hold);
     return 0;
 }
@@ -465,14 +456,29 @@ static int save_state(struct migration *migration, struct exchange *exchange)
     return 0;
 }
 
+/* A destination that does not have all of the map is no place to go to. -EINPROGRESS: answered when
+ * it is written (look_at_final_map). */
 static int commit(struct migration *migration, struct exchange *exchange)
 {
+    int r;
+
     (void)exchange;
     if (migration->phase == MOVER_PHASE_COMMITTED)
         return 0;
     if (migration->phase != MOVER_PHASE_STOPPED)
         return -EPERM;
-    migration->phase = MOVER_PHASE_COMMITTED;
+    r = outgoing_stopped(&migration->outgoing);
+    migration->committing = r == -EINPROGRESS;
+    if (r == 0)
+        migration->phase = MOVER_PHASE_COMMITTED;
+    return r;
+}
+
+static int push(struct migration *migration, struct exchange *exchange)
+{
+    (void)exchange;
+    if (migration->phase != MOVER_PHASE_COMMITTED)
+        return -EPERM;
     outgoing_release(&migration->outgoing);
     return 0;
 }
@@ -626,6 +632,7 @@ static const struct {
     {MOVER_STOP, sizeof(struct mover_stop), SOURCE, stop_guest},
     {MOVER_SAVE, sizeof(struct mover_plain), SOURCE, save_state},
     {MOVER_COMMIT, sizeof(struct mover_plain), SOURCE, commit},
+    {MOVER_PUSH, sizeof(struct mover_plain), SOURCE, push},
     {MOVER_ABORT, sizeof(struct mover_plain), SOURCE | DESTINATION, abort_it},
     {MOVER_EXPECT, sizeof(struct mover_plain), DESTINATION, expect},
     {MOVER_LOAD, sizeof(struct mover_load), DESTINATION, load_state},
@@ -669,9 +676,8 @@ static void take_request(struct migration *migration)
     r = serve(migration, &exchange);
     if (exchange.fd >= 0)
         sys_close(exchange.fd);
-    if (received.request.header.type == MOVER_STOP && r == 0)
-        return; /* answered when the map is written */
-    say_done(migration, received.request.header.type, r, &exchange);
+    if (!migration->committing || received.request.header.type != MOVER_COMMIT)
+        say_done(migration, received.request.header.type, r, &exchange);
 }
 
 /* ---- what is said of its own accord ---- */
@@ -751,20 +757,19 @@ static void say_progress(struct migration *migration, uint64_t now, bool pass_en
     send_to_mover(migration, &progress, sizeof(progress), -1);
 }
 
-static void look_at_stop(struct migration *migration)
+static void look_at_final_map(struct migration *migration)
 {
+    struct exchange exchange = {.answer_fd = -1};
     int r;
 
-    if (!migration->stopping)
+    if (!migration->mapping || outgoing_stopped(&migration->outgoing) == -EINPROGRESS)
         return;
-    r = outgoing_stopped(&migration->outgoing);
-    if (r == -EINPROGRESS)
+    migration->mapping = false;
+    say_progress(migration, clock_now_ns(), false); /* what is still to come */
+    if (!migration->committing)
         return;
-    if (r == 0) {
-        migration->phase = MOVER_PHASE_STOPPED;
-        say_progress(migration, clock_now_ns(), false); /* what is still to come */
-    }
-    answer_stop(migration, r);
+    r = commit(migration, &exchange);
+    say_done(migration, MOVER_COMMIT, r, &exchange);
 }
 
 static void look_at_passes(struct migration *migration)
@@ -859,7 +864,7 @@ static void look_at_engine(struct migration *migration)
         say_cut(migration, MOVER_URGENT, &migration->outgoing.urgent);
         say_cut(migration, MOVER_BULK, &migration->outgoing.bulk);
     }
-    look_at_stop(migration);
+    look_at_final_map(migration);
     look_at_passes(migration);
     look_at_map(migration);
     look_at_proof(migration);
@@ -888,15 +893,13 @@ static void adopt_mover(struct migration *migration)
     lock_release(&migration->posting);
     if (fd < 0)
         return;
-    if (migration->fd >= 0)
-        sys_close(migration->fd);
+    lose_mover(migration);
     /* One that came here may leave again. */
     if (role != migration->role && migration->phase == MOVER_PHASE_RUNNING &&
         remote_pages(migration) == 0)
         finish_destination(migration);
     if (role != migration->role && (migration->have_outgoing || migration->have_incoming)) {
         sys_close(fd); /* it is the other way round already */
-        migration->fd = -1;
         return;
     }
     if (role != migration->role)

@@ -47,12 +47,12 @@ struct migration {
     uint8_t session[MOVER_SESSION_BYTES];
     uint32_t epoch;
     bool have_outgoing, have_incoming;
-    bool stopping; /* STOP was asked for and not answered */
-    bool paused;   /* by us */
+    bool mapping;    /* the final map is being written */
+    bool committing; /* COMMIT was asked for and not answered */
+    bool paused;     /* by us */
     bool told_mapped, told_proven;
     struct mover_proven proven; /* what was told, once */
     uint32_t pass_told;
-    uint64_t stop_ns; /* what the pause hook took */
     uint64_t alone_since_ns;
     uint64_t told_ns; /* the last PROGRESS */
     uint64_t told_pages;

@@ -140,8 +140,8 @@ static int map_arrays(struct incoming *incoming)
 
     /* A content is sent for two pages at least. */
     incoming->contents_max = (uint32_t)(pages / 2 + 1);
-    incoming->hashes = regions_map(pages * 8);
-    incoming->placed = regions_map(regions_bitmap_bytes(&incoming->regions));
+    incoming->hashes = regions_map_ready(pages * 8);
+    incoming->placed = regions_map_ready(regions_bitmap_bytes(&incoming->regions));
     incoming->contents = regions_map((size_t)incoming->contents_max * PAGE_BYTES);
     incoming->content_hashes = regions_map((size_t)incoming->contents_max * 8);
     incoming->content_here = regions_map(((size_t)incoming->contents_max + 63) / 64 * 8);

@@ -61,10 +61,22 @@ static int copy_run(struct incoming *incoming, struct ram_block *block, uint32_t
     return copied < 0 ? (int)copied : (int)(copied / (long)PAGE_BYTES);
 }
 
-static void note_placed(struct incoming *incoming, uint64_t page, uint64_t content)
+/* `hashes` are of the contents, one each; NULL: there is none. */
+static void note_placed(struct incoming *incoming, uint64_t page, uint32_t pages,
+                        const uint64_t *hashes)
 {
-    __atomic_store_n(&incoming->hashes[page], proof_page(content, page), __ATOMIC_RELAXED);
-    regions_set(incoming->placed, page);
+    uint64_t word = 0;
+
+    for (uint64_t at = page, end = page + pages; at < end; at++) {
+        __atomic_store_n(&incoming->hashes[at],
+                         proof_page(hashes ? hashes[at - page] : PROOF_EMPTY, at),
+                         __ATOMIC_RELAXED);
+        word |= regions_bit(at);
+        if (at % 64 == 63 || at + 1 == end) {
+            __atomic_fetch_or(&incoming->placed[at / 64], word, __ATOMIC_ACQ_REL);
+            word = 0;
+        }
+    }
 }
 
 /* `pages` remote pages have left that place by `transition`. Caller holds the lock. */
@@ -79,8 +91,8 @@ static void settle(struct incoming *incoming, struct ram_block *block, uint32_t 
             incoming_end_wait(incoming, page + i);
             waited++;
         }
-        note_placed(incoming, page + i, hashes ? hashes[i] : PROOF_EMPTY);
     }
+    note_placed(incoming, page, pages, hashes);
     ram_move_places(incoming->ram, block, index, pages, transition);
     if (transition == TRANSITION_CLEAR && waited)
         uffd_wake(incoming->ram->guest_fd, ram_address(block, index), (size_t)pages * PAGE_BYTES);
@@ -123,8 +135,7 @@ static int empty_run(struct incoming *incoming, struct ram_block *block, uint32_
 {
     int r = discard_pages(incoming->ram, block, index, pages, MADV_DONTNEED);
 
-    for (uint32_t i = 0; i < pages; i++)
-        note_placed(incoming, page + i, PROOF_EMPTY);
+    note_placed(incoming, page, pages, NULL);
     return r;
 }
 
@@ -257,10 +268,11 @@ static int keep_piece(struct incoming *incoming, const struct piece *piece, uint
     return 0;
 }
 
+/* A chunk that is empty all through stays armed, and the scanner gives it back to the kernel's own
+ * fault path: the guest stands still now, and that takes the kernel as long as all the rest. */
 static int empty_piece(struct incoming *incoming, const struct piece *piece, uint64_t page)
 {
     struct ram_block *block = piece->block;
-    uint32_t c = ram_chunk_of(block, piece->index);
     int r = 0;
 
     for (uint32_t i = piece->index, run; i < piece->end && r == 0; i += run) {
@@ -274,10 +286,6 @@ static int empty_piece(struct incoming *incoming, const struct piece *piece, uin
         run = remote_run(block, i, piece->end, false);
         r = empty_run(incoming, block, i, run, number);
     }
-    /* All of a chunk: back to the kernel's own fault path, where it can get a huge page. */
-    if (r == 0 && block->chunks[c].state == CHUNK_ARMED &&
-        piece->index == ram_chunk_first(block, c) && piece->end == ram_chunk_end(block, c))
-        discard_disarm(incoming->ram, block, c, CHUNK_EMPTY);
     incoming->pages_empty += piece->end - piece->index;
     return r;
 }

@@ -73,10 +73,10 @@ static int map_arrays(struct outgoing *outgoing)
 {
     size_t bitmap = regions_bitmap_bytes(&outgoing->regions);
 
-    outgoing->sent = regions_map(bitmap);
-    outgoing->pending = regions_map(bitmap);
+    outgoing->sent = regions_map_ready(bitmap);
+    outgoing->pending = regions_map_ready(bitmap);
     outgoing->placed = regions_map(bitmap);
-    outgoing->hashes = regions_map(outgoing->regions.pages * 8);
+    outgoing->hashes = regions_map_ready(outgoing->regions.pages * 8);
     outgoing->bulk_batch.contents = regions_map(OUTGOING_CONTENTS * PAGE_BYTES);
     return outgoing->sent && outgoing->pending && outgoing->placed && outgoing->hashes &&
                    outgoing->bulk_batch.contents

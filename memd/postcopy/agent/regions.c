@@ -41,16 +41,26 @@ bool regions_number(const struct regions *regions, const struct ram_block *block
     return false;
 }
 
-void *regions_map(size_t bytes)
+static void *map(size_t bytes, int flags)
 {
-    void *at = sys_mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *at =
+        sys_mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
 
     if (sys_failed(at))
         return NULL;
     sys_madvise(at, bytes, MADV_DONTDUMP);
     sys_madvise(at, bytes, MADV_DONTFORK);
     return at;
+}
+
+void *regions_map(size_t bytes)
+{
+    return map(bytes, MAP_NORESERVE);
+}
+
+void *regions_map_ready(size_t bytes)
+{
+    return map(bytes, MAP_POPULATE);
 }
 
 void regions_unmap(void *memory, size_t bytes)

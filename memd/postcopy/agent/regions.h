@@ -35,6 +35,8 @@ bool regions_number(const struct regions *regions, const struct ram_block *block
 
 /* Zeroed memory of our own, or NULL; not in core dumps, not in children. */
 void *regions_map(size_t bytes);
+/* The same, and all of it is there: for what is written to while the guest stands still. */
+void *regions_map_ready(size_t bytes);
 void regions_unmap(void *memory, size_t bytes);
 
 static inline size_t regions_bitmap_bytes(const struct regions *regions)

@@ -62,7 +62,7 @@ enum mover_phase {
     MOVER_PHASE_FRESH = 0,
     /* source */
     MOVER_PHASE_PRECOPY = 1,   /* the guest runs, its writes are tracked, passes are sent */
-    MOVER_PHASE_STOPPED = 2,   /* the final map is written; what is left is pushed, or waits */
+    MOVER_PHASE_STOPPED = 2,   /* the guest stands still; the final map is being written, or is */
     MOVER_PHASE_COMMITTED = 3, /* the guest never runs here again */
     /* destination */
     MOVER_PHASE_EXPECTING = 4, /* all RAM is remote */
@@ -87,7 +87,7 @@ enum mover_type {
     MOVER_START_PRECOPY = 19, /* source: struct mover_plain */
     MOVER_STOP = 20,          /* source: struct mover_stop */
     MOVER_SAVE = 21,          /* source: struct mover_plain; DONE has a sealed memfd */
-    MOVER_COMMIT = 22,        /* source: struct mover_plain */
+    MOVER_COMMIT = 22,        /* source: struct mover_plain; DONE when the final map is written */
     MOVER_ABORT = 23,         /* both: struct mover_plain */
     MOVER_EXPECT = 24,        /* destination: struct mover_plain */
     MOVER_LOAD = 25,          /* destination, fd (what SAVE gave): struct mover_load */
@@ -95,6 +95,7 @@ enum mover_type {
     MOVER_HOLD = 27,          /* destination: struct mover_plain */
     MOVER_GO = 28,            /* destination: struct mover_plain */
     MOVER_TUNE = 29,          /* source: struct mover_tune_message, at any time after SESSION */
+    MOVER_PUSH = 31,          /* source, committed: struct mover_plain. The guest runs there */
     MOVER_FORGET = 30, /* destination, when nothing is remote: struct mover_plain. It is over,
                           whether PROVEN was heard or not. (A mover that goes after PROVEN
                           need not say it.) */
@@ -192,8 +193,8 @@ struct mover_link {
 struct mover_stop {
     struct mover_header header;
     uint32_t pause; /* 1: by the pause hook; 0: the mover has stopped the VMM already */
-    uint32_t hold;  /* 1: nothing is pushed before COMMIT, what is asked for is sent all the same:
-                       the CPU and the link are for the switch-over, while the guest stands still */
+    uint32_t hold;  /* 1: nothing is pushed before PUSH, what is asked for is sent all the same: the
+                       CPU and the link are for the switch-over, while the guest stands still */
 };
 
 struct mover_load {

@@ -12,6 +12,7 @@
  *   COMMITTING (agent), COMMITTED
  *                         -- GO -->         RESUMING
  *                         <-- RUNNING --    RUNNING
+ *   (agent: PUSH)
  *   PROVEN                <-- PROVEN --     PROVEN
  *                         -- BYE -->
  *
@@ -162,11 +163,20 @@ static void source_has_proof(struct session *session)
         end(session, OUTCOME_COMPLETED);
 }
 
+/* The CPU and the link were for the switch-over until now. */
+static void source_hears_it_runs(struct session *session)
+{
+    if (!session->peer_runs)
+        ask(session, MOVER_PUSH);
+    session->peer_runs = true;
+}
+
 /* After a cut: where the destination stands. The source has committed. */
 static void source_hears_stand(struct session *session, enum peer_stand stand)
 {
     session->linked = true;
-    session->peer_runs |= stand == PEER_RUNS || stand == PEER_HAS_ALL;
+    if (stand == PEER_RUNS || stand == PEER_HAS_ALL)
+        source_hears_it_runs(session);
     if (stand == PEER_WAITS)
         say(session, PEER_GO, 0);
     do_it(session, ACTION_CONNECT_DATA);
@@ -211,10 +221,11 @@ static void source_hears(struct session *session, const struct session_event *ev
     } else if (event->frame == PEER_RESUME && state == SOURCE_COMMITTED) {
         source_hears_stand(session, (enum peer_stand)event->value);
     } else if (event->frame == PEER_PROVEN && session->committed) {
-        session->proof_heard = session->peer_runs = true;
+        session->proof_heard = true;
+        source_hears_it_runs(session);
         source_has_proof(session);
     } else if (event->frame == PEER_RUNNING && session->committed) {
-        session->peer_runs = true;
+        source_hears_it_runs(session);
         source_has_proof(session);
     } else if (event->frame == PEER_ABORT && session->committed) {
         session->error = event->value ? event->value : -ECONNABORTED;
