@@ -205,7 +205,8 @@ Test(linked, ranges_that_can_not_be_registered, .timeout = 60)
     cr_assert_eq(memd_ram_add(vm, other, 0, 0), -EINVAL);
     cr_assert_eq(memd_ram_add(vm, NULL, PAGE_BYTES, 0), -EINVAL);
     cr_assert_eq(memd_ram_add(vm, other, SIZE_MAX / PAGE_BYTES * PAGE_BYTES, 0), -EINVAL);
-    cr_assert_eq(memd_ram_add(vm, other, PAGE_BYTES, 1U << 31), -EINVAL, "a flag of a newer version");
+    cr_assert_eq(memd_ram_add(vm, other, PAGE_BYTES, 1U << 31), -EINVAL,
+                 "a flag of a newer version");
     /* In front of it, behind it, in it, around it, the same. */
     cr_assert_eq(memd_ram_add(vm, ram - PAGE_BYTES, 2 * PAGE_BYTES, 0), -EEXIST);
     cr_assert_eq(memd_ram_add(vm, ram + BYTES - PAGE_BYTES, 2 * PAGE_BYTES, 0), -EEXIST);
