@@ -568,6 +568,53 @@ static uint64_t precopy(uint32_t passes)
     return pending;
 }
 
+/* Chunk 1 is full, chunk 0 is not, and that is known before anything is asked for. */
+static void open_foreseen(void)
+{
+    const uint8_t *full;
+
+    for (uint32_t page = HUGE_PAGES; page < 2 * HUGE_PAGES; page++)
+        move_write(move_at(&pair.from, page), page);
+    move_open(&pair, NULL);
+    full = pair.outgoing.passes.full;
+    while (!__atomic_load_n(&full[1], __ATOMIC_ACQUIRE))
+        usleep(200);
+    cr_assert_eq(full[0], 0, "it has pages that hold nothing");
+    cr_assert_eq(incoming_expect(&pair.incoming), 0);
+    move_link(&pair);
+}
+
+static void end_foreseen(void)
+{
+    outgoing_release(&pair.outgoing);
+    move_wait_proven(&pair);
+    assert_like_source();
+}
+
+/* Such a chunk is not looked at when the guest has stopped. */
+Test(agent_move, what_was_foreseen_and_is_given_up_is_empty_there)
+{
+    open_foreseen();
+    discard_at_source(HUGE_PAGES + 100, 20);
+    move_stop(&pair, true);
+    cr_assert(regions_test(pair.outgoing.pending, HUGE_PAGES + 100), "it was looked at");
+    cr_assert_not(regions_test(pair.outgoing.pending, 3), "a page of a chunk that is not full");
+    end_foreseen();
+    cr_assert(move_is_zero(move_at(&pair.to, HUGE_PAGES + 100)));
+}
+
+/* After passes most of it is there already. */
+Test(agent_move, what_was_foreseen_is_not_sent_again_after_passes)
+{
+    open_foreseen();
+    outgoing_precopy(&pair.outgoing);
+    while (__atomic_load_n(&pair.outgoing.passes_ended, __ATOMIC_ACQUIRE) < 2)
+        usleep(500);
+    move_stop(&pair, true);
+    cr_assert_not(regions_test(pair.outgoing.pending, HUGE_PAGES + 100));
+    end_foreseen();
+}
+
 Test(agent_move, what_is_written_while_it_is_sent_is_sent_again)
 {
     precopy(3);

@@ -229,9 +229,9 @@ static int expect_piece(struct incoming *incoming, const struct piece *piece, ui
         run = remote_run(piece->block, i, piece->end, false);
         r = make_remote(incoming, piece->block, i, run);
     }
-    for (uint64_t i = page; i < page + (piece->end - piece->index); i++)
-        if (regions_test(incoming->placed, i))
-            regions_clear(incoming->placed, i);
+    for (uint64_t end = page + (piece->end - piece->index);
+         (page = regions_next(incoming->placed, page, end)) < end; page++)
+        regions_clear(incoming->placed, page);
     return r;
 }
 

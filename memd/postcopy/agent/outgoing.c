@@ -69,6 +69,15 @@ int outgoing_stopped(const struct outgoing *outgoing)
     return __atomic_load_n(&outgoing->map_result, __ATOMIC_ACQUIRE);
 }
 
+static uint32_t count_chunks(const struct regions *regions)
+{
+    uint32_t chunks = 0;
+
+    for (uint32_t i = 0; i < regions->count; i++)
+        chunks += regions->at[i].block->chunk_count;
+    return chunks;
+}
+
 static int map_arrays(struct outgoing *outgoing)
 {
     size_t bitmap = regions_bitmap_bytes(&outgoing->regions);
@@ -77,9 +86,10 @@ static int map_arrays(struct outgoing *outgoing)
     outgoing->pending = regions_map_ready(bitmap);
     outgoing->placed = regions_map(bitmap);
     outgoing->hashes = regions_map_ready(outgoing->regions.pages * 8);
+    outgoing->passes.full = regions_map(count_chunks(&outgoing->regions));
     outgoing->bulk_batch.contents = regions_map(OUTGOING_CONTENTS * PAGE_BYTES);
-    return outgoing->sent && outgoing->pending && outgoing->placed && outgoing->hashes &&
-                   outgoing->bulk_batch.contents
+    return outgoing->sent && outgoing->pending && outgoing->passes.full && outgoing->placed &&
+                   outgoing->hashes && outgoing->bulk_batch.contents
                ? 0
                : -ENOMEM;
 }
@@ -92,6 +102,7 @@ static void unmap_arrays(struct outgoing *outgoing)
     regions_unmap(outgoing->pending, bitmap);
     regions_unmap(outgoing->placed, bitmap);
     regions_unmap(outgoing->hashes, outgoing->regions.pages * 8);
+    regions_unmap(outgoing->passes.full, count_chunks(&outgoing->regions));
     regions_unmap(outgoing->bulk_batch.contents, OUTGOING_CONTENTS * PAGE_BYTES);
     slots_close(&outgoing->slots);
 }

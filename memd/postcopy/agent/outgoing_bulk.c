@@ -11,6 +11,9 @@
 #define DETOUR_BEFORE 8U
 #define DETOUR_BEHIND 56U
 
+/* A part of the final map: 64 MiB of the guest. */
+#define MAP_PART_PAGES 16384U
+
 /* How long a pass rests at least, so that a guest that writes nothing costs nothing. */
 #define PASS_REST_NS 20000000LL
 
@@ -258,11 +261,11 @@ static uint64_t end_of_kind(const struct outgoing *outgoing, uint64_t page, uint
     return page < most ? page : most;
 }
 
-/* The run of one kind that begins at `page`. */
-static struct wire_run run_of_kind(const struct outgoing *outgoing, uint64_t page)
+/* The run of one kind that begins at `page`, as far as `most`. */
+static struct wire_run run_of_kind(const struct outgoing *outgoing, uint64_t page, uint64_t most)
 {
     uint32_t kind = kind_of(outgoing, page);
-    uint64_t left = outgoing->regions.pages - page;
+    uint64_t left = most - page;
     uint64_t end =
         end_of_kind(outgoing, page, page + (left < WIRE_RUN_MAX ? left : WIRE_RUN_MAX), kind);
 
@@ -271,44 +274,59 @@ static struct wire_run run_of_kind(const struct outgoing *outgoing, uint64_t pag
     return (struct wire_run){.page = page, .pages = (uint32_t)(end - page), .kind = kind};
 }
 
-static int write_map(struct outgoing *outgoing)
+/* The map on its way: it is sent while it is made, so that both ends work at it. */
+struct map_writer {
+    struct outgoing *outgoing;
+    uint64_t written; /* pages */
+};
+
+/* What is judged and was not written yet, as far as `end`. */
+static int write_part(struct map_writer *writer, uint64_t end)
 {
+    struct outgoing *outgoing = writer->outgoing;
     uint8_t *payload = outgoing->bulk_batch.contents[0];
-    uint64_t page = 0;
     int r = 0;
 
-    while (page < outgoing->regions.pages && r == 0) {
+    while (writer->written < end && r == 0) {
         uint8_t header[WIRE_HEADER_BYTES];
         struct iovec parts[2] = {{header, sizeof(header)}, {payload, 0}};
         uint32_t count = 0;
 
-        for (; page < outgoing->regions.pages && count < WIRE_MAP_MAX; count++) {
-            struct wire_run run = run_of_kind(outgoing, page);
+        for (; writer->written < end && count < WIRE_MAP_MAX; count++) {
+            struct wire_run run = run_of_kind(outgoing, writer->written, end);
             wire_write_run(payload, count, &run);
-            page += run.pages;
+            writer->written += run.pages;
         }
         wire_write_header(header, WIRE_MAP, count, 0);
         parts[1].iov_len = count * sizeof(struct wire_run);
         r = stream_send(&outgoing->bulk, parts, 2, NULL);
     }
-    if (r == 0) {
-        outgoing_append(&outgoing->bulk_batch, WIRE_MAP_END, 0, outgoing->regions.pages, 0);
-        r = outgoing_flush(&outgoing->bulk, &outgoing->bulk_batch);
-    }
     return r;
+}
+
+static int hear_judged(void *self, uint64_t end)
+{
+    struct map_writer *writer = self;
+
+    return end - writer->written < MAP_PART_PAGES ? 0 : write_part(writer, end);
 }
 
 static int make_map(struct outgoing *outgoing)
 {
-    int64_t pages = passes_stop(&outgoing->passes, outgoing->passes.begun);
+    struct map_writer writer = {.outgoing = outgoing};
+    struct passes_listener listener = {.hear = hear_judged, .self = &writer};
+    int r = passes_stop(&outgoing->passes, outgoing->passes.begun, &listener);
 
-    if (pages < 0)
-        return (int)pages;
+    if (r == 0)
+        r = write_part(&writer, outgoing->regions.pages);
+    if (r < 0)
+        return r;
     outgoing->cursor = 0;
     /* Requests come as soon as the map has arrived. */
     __atomic_store_n(&outgoing->task, OUTGOING_PUSH, __ATOMIC_RELEASE);
     __atomic_store_n(&outgoing->push_epoch, outgoing->bulk.epoch, __ATOMIC_SEQ_CST);
-    return write_map(outgoing);
+    outgoing_append(&outgoing->bulk_batch, WIRE_MAP_END, 0, outgoing->regions.pages, 0);
+    return outgoing_flush(&outgoing->bulk, &outgoing->bulk_batch);
 }
 
 static void answer_stop(struct outgoing *outgoing, int result)
@@ -318,6 +336,18 @@ static void answer_stop(struct outgoing *outgoing, int result)
 }
 
 /* ---- the thread ---- */
+
+/* Nothing else is to be done yet. */
+static int hear_foreseen(void *self, uint64_t end)
+{
+    const struct outgoing *outgoing = self;
+
+    (void)end;
+    return outgoing_at(outgoing) != OUTGOING_REST ||
+                   __atomic_load_n(&outgoing->stop, __ATOMIC_ACQUIRE)
+               ? -ECANCELED
+               : 0;
+}
 
 /* 1: go on at once; 0: wait; -errno: the connection is over. */
 static int work(struct outgoing *outgoing)
@@ -349,7 +379,9 @@ void *outgoing_run_bulk(void *context)
 {
     struct outgoing *outgoing = context;
     struct stream *stream = &outgoing->bulk;
+    struct passes_listener listener = {.hear = hear_foreseen, .self = outgoing};
 
+    passes_foresee(&outgoing->passes, &listener);
     while (!__atomic_load_n(&outgoing->stop, __ATOMIC_ACQUIRE)) {
         int r;
 

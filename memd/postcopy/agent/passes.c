@@ -220,6 +220,37 @@ static int stop_over(struct look *look, bool tracked)
     return count < 0 ? count : 0;
 }
 
+/* ---- what needs no look at the stop ---- */
+
+/* Caller holds the lock. */
+static bool is_full(struct look *look)
+{
+    const struct page_region *regions = look->passes->regions_found;
+    int count = ask_kernel(look, 0, 0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
+    /* In the store a page is what its place says. */
+    uint32_t held = look->block->chunk_shared[ram_chunk_of(look->block, look->first)];
+
+    for (int r = 0; r < count; r++)
+        for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES)
+            held += holds_bytes(regions[r].categories) &&
+                    ram_place(look->block, page_at(look, at)) != PLACE_SHARED;
+    return held == look->end - look->first;
+}
+
+/* All of its pages are to be sent. */
+static void take_whole(const struct look *look)
+{
+    uint64_t end = look->page + (look->end - look->first), word = 0;
+
+    for (uint64_t page = look->page; page < end; page++) {
+        word |= regions_bit(page);
+        if (page % 64 == 63 || page + 1 == end) {
+            __atomic_fetch_or(&look->passes->pending[page / 64], word, __ATOMIC_ACQ_REL);
+            word = 0;
+        }
+    }
+}
+
 /* ---- over all chunks ---- */
 
 static int64_t count_pending(const struct passes *passes)
@@ -232,36 +263,75 @@ static int64_t count_pending(const struct passes *passes)
     return pages;
 }
 
-static int64_t over_all(struct passes *passes, bool stop, bool tracked)
+/* A chunk of a region. */
+static struct look look_at(struct passes *passes, const struct region *region, uint32_t chunk)
+{
+    uint32_t first = ram_chunk_first(region->block, chunk);
+
+    return (struct look){.passes = passes,
+                         .block = region->block,
+                         .page = region->first + first,
+                         .first = first,
+                         .end = ram_chunk_end(region->block, chunk)};
+}
+
+void passes_foresee(struct passes *passes, const struct passes_listener *listener)
+{
+    uint8_t *full = passes->full;
+
+    for (uint32_t i = 0; i < passes->regions->count; i++) {
+        const struct region *region = &passes->regions->at[i];
+
+        for (uint32_t c = 0; c < region->block->chunk_count; c++) {
+            struct look look = look_at(passes, region, c);
+
+            if (listener->hear(listener->self, look.page) < 0)
+                return;
+            lock_take(&look.block->lock);
+            *full++ = look.block->live && is_full(&look);
+            lock_release(&look.block->lock);
+        }
+    }
+}
+
+int64_t passes_begin(struct passes *passes)
 {
     int r = 0;
 
     for (uint32_t i = 0; i < passes->regions->count; i++) {
         const struct region *region = &passes->regions->at[i];
-        struct look look = {.passes = passes, .block = region->block};
 
         for (uint32_t c = 0; c < region->block->chunk_count && r == 0; c++) {
-            look.first = ram_chunk_first(region->block, c);
-            look.end = ram_chunk_end(region->block, c);
-            look.page = region->first + look.first;
-            r = stop ? stop_over(&look, tracked) : pass_over(&look);
+            struct look look = look_at(passes, region, c);
+
+            r = pass_over(&look);
         }
     }
+    passes->begun = r >= 0;
     return r < 0 ? r : count_pending(passes);
 }
 
-int64_t passes_begin(struct passes *passes)
+int passes_stop(struct passes *passes, bool tracked, const struct passes_listener *listener)
 {
-    int64_t pages = over_all(passes, false, true);
+    const uint8_t *full = passes->full;
+    int r = 0;
 
-    passes->begun = pages >= 0;
-    return pages;
-}
-
-int64_t passes_stop(struct passes *passes, bool tracked)
-{
     memset(passes->pending, 0, regions_bitmap_bytes(passes->regions));
-    return over_all(passes, true, tracked);
+    for (uint32_t i = 0; i < passes->regions->count; i++) {
+        const struct region *region = &passes->regions->at[i];
+
+        for (uint32_t c = 0; c < region->block->chunk_count && r == 0; c++) {
+            struct look look = look_at(passes, region, c);
+
+            if (*full++ && !tracked)
+                take_whole(&look);
+            else
+                r = stop_over(&look, tracked);
+            if (r == 0)
+                r = listener->hear(listener->self, region->first + look.end);
+        }
+    }
+    return r;
 }
 
 void passes_end(struct passes *passes)
