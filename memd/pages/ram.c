@@ -388,24 +388,37 @@ void ram_reset_locks(struct guest_ram *ram)
     lock_reset(&ram->adding);
 }
 
+/* All of them are at `from`. */
+static void move_run(struct ram_block *block, uint32_t index, uint32_t pages, enum place from,
+                     enum place to)
+{
+    block->counts[from] -= pages;
+    block->counts[to] += pages;
+    if ((to == PLACE_SHARED) != (from == PLACE_SHARED))
+        for (uint32_t i = index; i < index + pages; i++)
+            block->chunk_shared[ram_chunk_of(block, i)] += to == PLACE_SHARED ? 1 : -1;
+    if (from == PLACE_REMOTE || to == PLACE_REMOTE) {
+        memset(&block->table[index], (int)to, pages); /* the flags mean something else there */
+        return;
+    }
+    for (uint32_t i = index; i < index + pages; i++)
+        block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
+}
+
 void ram_move_places(struct guest_ram *ram, struct ram_block *block, uint32_t index, uint32_t pages,
                      enum transition transition)
 {
-    for (uint32_t i = index; i < index + pages; i++) {
+    for (uint32_t i = index, run; i < index + pages; i += run) {
         enum place from = ram_place(block, i);
         int to = transitions_next(transition, from);
-        if (to < 0) {
-            ram->refused_transitions++;
-            continue;
-        }
-        block->counts[from]--;
-        block->counts[to]++;
-        if ((to == PLACE_SHARED) != (from == PLACE_SHARED))
-            block->chunk_shared[ram_chunk_of(block, i)] += to == PLACE_SHARED ? 1 : -1;
-        if (from == PLACE_REMOTE || to == PLACE_REMOTE)
-            block->table[i] = (uint8_t)to; /* the flags mean something else there */
+
+        run = 1;
+        while (i + run < index + pages && ram_place(block, i + run) == from)
+            run++;
+        if (to < 0)
+            ram->refused_transitions += run;
         else
-            block->table[i] = (uint8_t)((block->table[i] & ~TABLE_PLACE_MASK) | (uint8_t)to);
+            move_run(block, i, run, from, (enum place)to);
     }
 }
 

@@ -195,8 +195,10 @@ int outgoing_open(struct outgoing *outgoing, struct guest_ram *ram,
     outgoing->news_fd = news_fd;
     outgoing_tune(outgoing, tuning);
     r = prepare(outgoing, log);
-    if (r == 0)
+    if (r == 0) {
+        passes_foresee(&outgoing->passes);
         r = open_streams(outgoing);
+    }
     if (r < 0) {
         unmap_arrays(outgoing);
         return r;

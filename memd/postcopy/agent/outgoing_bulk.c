@@ -337,18 +337,6 @@ static void answer_stop(struct outgoing *outgoing, int result)
 
 /* ---- the thread ---- */
 
-/* Nothing else is to be done yet. */
-static int hear_foreseen(void *self, uint64_t end)
-{
-    const struct outgoing *outgoing = self;
-
-    (void)end;
-    return outgoing_at(outgoing) != OUTGOING_REST ||
-                   __atomic_load_n(&outgoing->stop, __ATOMIC_ACQUIRE)
-               ? -ECANCELED
-               : 0;
-}
-
 /* 1: go on at once; 0: wait; -errno: the connection is over. */
 static int work(struct outgoing *outgoing)
 {
@@ -379,9 +367,7 @@ void *outgoing_run_bulk(void *context)
 {
     struct outgoing *outgoing = context;
     struct stream *stream = &outgoing->bulk;
-    struct passes_listener listener = {.hear = hear_foreseen, .self = outgoing};
 
-    passes_foresee(&outgoing->passes, &listener);
     while (!__atomic_load_n(&outgoing->stop, __ATOMIC_ACQUIRE)) {
         int r;
 

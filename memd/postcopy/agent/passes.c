@@ -208,13 +208,15 @@ static void judge_all(struct look *look, int count, bool tracked)
 
 static int stop_over(struct look *look, bool tracked)
 {
+    const uint16_t *shared = &look->block->chunk_shared[ram_chunk_of(look->block, look->first)];
     int count;
 
     if (tracked)
         ask_vmm(look);
     lock_take(&look->block->lock);
     count = look->block->live ? ask_kernel(look, 0, 0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED) : -ENOENT;
-    if (count >= 0)
+    /* Where nothing is, and nothing was sent, nothing is pending. */
+    if (count > 0 || (count == 0 && (tracked || *shared)))
         judge_all(look, count, tracked);
     lock_release(&look->block->lock);
     return count < 0 ? count : 0;
@@ -228,12 +230,16 @@ static bool is_full(struct look *look)
     const struct page_region *regions = look->passes->regions_found;
     int count = ask_kernel(look, 0, 0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
     /* In the store a page is what its place says. */
-    uint32_t held = look->block->chunk_shared[ram_chunk_of(look->block, look->first)];
+    uint32_t shared = look->block->chunk_shared[ram_chunk_of(look->block, look->first)];
+    uint32_t held = shared;
 
-    for (int r = 0; r < count; r++)
-        for (uint64_t at = regions[r].start; at < regions[r].end; at += PAGE_BYTES)
-            held += holds_bytes(regions[r].categories) &&
-                    ram_place(look->block, page_at(look, at)) != PLACE_SHARED;
+    for (int r = 0; r < count; r++) {
+        if (!holds_bytes(regions[r].categories))
+            continue;
+        held += (uint32_t)((regions[r].end - regions[r].start) / PAGE_BYTES);
+        for (uint64_t at = regions[r].start; shared && at < regions[r].end; at += PAGE_BYTES)
+            held -= ram_place(look->block, page_at(look, at)) == PLACE_SHARED;
+    }
     return held == look->end - look->first;
 }
 
@@ -275,7 +281,7 @@ static struct look look_at(struct passes *passes, const struct region *region, u
                          .end = ram_chunk_end(region->block, chunk)};
 }
 
-void passes_foresee(struct passes *passes, const struct passes_listener *listener)
+void passes_foresee(struct passes *passes)
 {
     uint8_t *full = passes->full;
 
@@ -285,8 +291,6 @@ void passes_foresee(struct passes *passes, const struct passes_listener *listene
         for (uint32_t c = 0; c < region->block->chunk_count; c++) {
             struct look look = look_at(passes, region, c);
 
-            if (listener->hear(listener->self, look.page) < 0)
-                return;
             lock_take(&look.block->lock);
             *full++ = look.block->live && is_full(&look);
             lock_release(&look.block->lock);

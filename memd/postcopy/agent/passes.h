@@ -35,21 +35,21 @@ struct passes {
     struct page_region regions_found[HUGE_PAGES];
 };
 
+/* Looks, while the guest still runs, which chunks need not be looked at when it has stopped: where
+ * every page holds bytes, every page is to be sent. (One that is given up meanwhile is sent as
+ * nothing.) Only a stop without passes before it makes use of that. */
+void passes_foresee(struct passes *passes);
+
+/* Begins a pass: what was written since the last one (in the first: everything) is no longer
+ * `sent`, and `pending`. Returns how many pages are, or -errno. */
+int64_t passes_begin(struct passes *passes);
+
 /* Hears now and then how far it is: the pages before `end` are judged. What it returns below 0 ends
  * the work. */
 struct passes_listener {
     int (*hear)(void *self, uint64_t end);
     void *self;
 };
-
-/* Looks, while the guest still runs, which chunks need not be looked at when it has stopped: where
- * every page holds bytes, every page is to be sent. (One that is given up meanwhile is sent as
- * nothing.) Only a stop without passes before it makes use of that. */
-void passes_foresee(struct passes *passes, const struct passes_listener *listener);
-
-/* Begins a pass: what was written since the last one (in the first: everything) is no longer
- * `sent`, and `pending`. Returns how many pages are, or -errno. */
-int64_t passes_begin(struct passes *passes);
 
 /* The guest has stopped. `pending` becomes what the destination must still get. Each page is either
  * pending, or `sent`, or holds nothing. 0 or -errno. */
