@@ -13,14 +13,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "agent.h"
 #include "fuzz.h"
+#include "guest.h"
 #include "remap.h"
 #include "send_with.h"
 #include "wire.h"
 
-#define PAGES  1024U /* two chunks */
-#define ANSWER 20    /* ms; what is no request gets none */
+#define ANSWER 20 /* ms; what is no request gets none */
 
 enum step {
     STEP_RAW,
@@ -71,67 +70,9 @@ size_t fuzz_seed(size_t number, uint8_t *into, size_t room)
     return bytes;
 }
 
-static struct memd_vm vm;
-static struct ram_block *block;
-static uint8_t *guest;
-static uint32_t generation[PAGES]; /* what each page holds; 0: nothing, ever */
+static struct memd_vm *const vm = &fuzz_guest.vm;
 static int mover_fd;
 static int peers[MOVER_CHANNELS] = {-1, -1}; /* the other host's ends */
-
-static void content_of(uint32_t number, uint8_t *into)
-{
-    memset(into, 0, PAGE_BYTES);
-    for (size_t i = 0; i < PAGE_BYTES; i += 256)
-        memcpy(into + i, &number, sizeof(number));
-}
-
-static void start(void)
-{
-    static int result = -1;
-    const char *reason = "";
-
-    if (result == 0)
-        return;
-    result = ram_open(&vm.ram, -1, &reason);
-    if (result < 0) {
-        fprintf(stderr, "no agent on this kernel: %s\n", reason);
-        exit(77); /* skipped */
-    }
-    vm.rpc.fd = -1;
-    vm.ram_open = true;
-    vm.freeze_allowed = true;
-    vm.vma_limit = 60000;
-    vm.state = AGENT_ACTIVE;
-    vm.stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    vm.ram.sources[PLACE_SHARED] = segments_source(&vm.segments);
-    FUZZ_REQUIRE(fault_start(&vm.handler, &vm.ram) == 0);
-    fault_open(&vm.handler);
-    guest = mmap(NULL, (PAGES + HUGE_PAGES) * PAGE_BYTES, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
-    FUZZ_REQUIRE(ram_add(&vm.ram, guest, PAGES * PAGE_BYTES, 0, true, &block) == 0);
-    for (uint32_t i = 0; i < PAGES; i++) {
-        generation[i] = i % 5 ? i + 1 : 0;
-        if (generation[i])
-            content_of(generation[i], guest + i * PAGE_BYTES);
-    }
-}
-
-static void check(void)
-{
-    static uint8_t page[PAGE_BYTES];
-    uint64_t sum = 0;
-
-    for (uint32_t i = 0; i < PAGES; i++) {
-        content_of(generation[i], page);
-        FUZZ_REQUIRE(memcmp(page, guest + i * PAGE_BYTES, PAGE_BYTES) == 0);
-    }
-    for (int place = 0; place < PLACE_COUNT; place++)
-        sum += block->counts[place];
-    FUZZ_REQUIRE(sum == PAGES);
-    FUZZ_REQUIRE(block->counts[PLACE_REMOTE] == 0);
-    FUZZ_REQUIRE(vm.ram.refused_transitions == 0);
-}
 
 /* ---- the mover ---- */
 
@@ -141,7 +82,7 @@ static void come(void)
 
     FUZZ_REQUIRE(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds) == 0);
     mover_fd = fds[1];
-    migration_take_mover(&vm, MOVER_SOURCE, fds[0]);
+    migration_take_mover(vm, MOVER_SOURCE, fds[0]);
 }
 
 /* Reads until the answer to `what` (0: whatever there is). The peer reads as well, or the agent's
@@ -188,7 +129,7 @@ static void say_raw(struct fuzz_input *input)
     fuzz_take(input, message + sizeof(header), 24);
     header.bytes = lies & 1 ? fuzz_take_u32(input) : (uint32_t)bytes;
     memcpy(message, &header, sizeof(header));
-    say(message, bytes, lies & 2 ? vm.stop_fd : -1);
+    say(message, bytes, lies & 2 ? vm->stop_fd : -1);
 }
 
 static void say_session(struct fuzz_input *input)
@@ -271,8 +212,7 @@ static void write_page(struct fuzz_input *input)
 {
     uint32_t page = fuzz_take_u16(input) % PAGES;
 
-    generation[page] = 1U + fuzz_take_u8(input);
-    content_of(generation[page], guest + page * PAGE_BYTES);
+    fuzz_guest_write(page, 1U + fuzz_take_u8(input));
 }
 
 static void take_step(struct fuzz_input *input)
@@ -297,7 +237,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
     if (bytes > 256)
         return 0;
-    start();
+    /* A fifth of the pages was never touched. */
+    if (fuzz_guest_start())
+        for (uint32_t i = 0; i < PAGES; i++)
+            if (i % 5)
+                fuzz_guest_write(i, i + 1);
     come();
     while (input.at < input.end)
         take_step(&input);
@@ -305,9 +249,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         hang_up(c);
     close(mover_fd);
     /* The agent ends, and another one has the same guest. */
-    migration_close(&vm);
-    FUZZ_REQUIRE(!vm.migration.have_outgoing && !vm.migration.have_incoming);
-    memset(&vm.migration, 0, sizeof(vm.migration));
-    check();
+    migration_close(vm);
+    FUZZ_REQUIRE(!vm->migration.have_outgoing && !vm->migration.have_incoming);
+    memset(&vm->migration, 0, sizeof(vm->migration));
+    fuzz_guest_check();
+    FUZZ_REQUIRE(fuzz_guest.block->counts[PLACE_REMOTE] == 0);
     return 0;
 }

@@ -12,13 +12,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "agent.h"
 #include "discard.h"
 #include "fuzz.h"
+#include "guest.h"
 #include "remap.h"
 #include "send_with.h"
-
-#define PAGES 1024U /* two chunks */
 
 enum step {
     STEP_RAW_MESSAGE,
@@ -51,81 +49,22 @@ size_t fuzz_seed(size_t number, uint8_t *into, size_t room)
     return sizeof(seed_steps[0]);
 }
 
-static struct memd_vm vm;
-static struct ram_block *block;
-static uint8_t *guest;
-static uint32_t generation[PAGES]; /* what each page holds */
+static struct memd_vm *const vm = &fuzz_guest.vm;
 static int memd_fd;
 static struct ring *ring;
 static uint32_t head;
 
-static void content_of(uint32_t number, uint8_t *into)
-{
-    memset(into, 0, PAGE_BYTES);
-    for (size_t i = 0; i < PAGE_BYTES; i += 256)
-        memcpy(into + i, &number, sizeof(number));
-}
-
-static void start(void)
-{
-    static int result = -1;
-    const char *reason = "";
-
-    if (result == 0)
-        return;
-    result = ram_open(&vm.ram, -1, &reason);
-    if (result < 0) {
-        fprintf(stderr, "no agent on this kernel: %s\n", reason);
-        exit(77); /* skipped */
-    }
-    vm.rpc.fd = -1;
-    vm.ram_open = true;
-    vm.freeze_allowed = true;
-    vm.vma_limit = 60000;
-    vm.stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    vm.ram.sources[PLACE_SHARED] = segments_source(&vm.segments);
-    vm.scanner.ram = &vm.ram;
-    FUZZ_REQUIRE(fault_start(&vm.handler, &vm.ram) == 0);
-    fault_open(&vm.handler);
-    guest = mmap(NULL, (PAGES + HUGE_PAGES) * PAGE_BYTES, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    guest = (uint8_t *)(((uintptr_t)guest + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
-    FUZZ_REQUIRE(ram_add(&vm.ram, guest, PAGES * PAGE_BYTES, 0, true, &block) == 0);
-}
-
 static void arm(void)
 {
-    for (uint32_t c = 0; c < block->chunk_count; c++) {
-        lock_take(&block->lock);
-        block->resting = false;
-        if (block->chunks[c].state != CHUNK_ARMED &&
-            remap_arm(&vm.ram, block, ram_chunk_first(block, c), HUGE_PAGES) == 0)
-            block->chunks[c].state = CHUNK_ARMED;
-        lock_release(&block->lock);
+    for (uint32_t c = 0; c < fuzz_guest.block->chunk_count; c++) {
+        lock_take(&fuzz_guest.block->lock);
+        fuzz_guest.block->resting = false;
+        if (fuzz_guest.block->chunks[c].state != CHUNK_ARMED &&
+            remap_arm(&vm->ram, fuzz_guest.block, ram_chunk_first(fuzz_guest.block, c),
+                      HUGE_PAGES) == 0)
+            fuzz_guest.block->chunks[c].state = CHUNK_ARMED;
+        lock_release(&fuzz_guest.block->lock);
     }
-}
-
-static void fill(void)
-{
-    for (uint32_t i = 0; i < PAGES; i++) {
-        generation[i] = i + 1;
-        content_of(generation[i], guest + i * PAGE_BYTES);
-    }
-}
-
-static void check(void)
-{
-    static uint8_t page[PAGE_BYTES];
-    uint64_t sum = 0;
-
-    for (uint32_t i = 0; i < PAGES; i++) {
-        content_of(generation[i], page);
-        FUZZ_REQUIRE(memcmp(page, guest + i * PAGE_BYTES, PAGE_BYTES) == 0);
-    }
-    for (int place = 0; place < PLACE_COUNT; place++)
-        sum += block->counts[place];
-    FUZZ_REQUIRE(sum == PAGES);
-    FUZZ_REQUIRE(vm.ram.refused_transitions == 0);
 }
 
 /* A new connection, with a new ring. */
@@ -138,10 +77,10 @@ static void connect_them(void)
     FUZZ_REQUIRE(ring != MAP_FAILED);
     memd_fd = fds[1];
     head = 0;
-    vm.rpc = (struct rpc){.fd = fds[0], .ring = ring};
-    vm.announced = 0;
-    vm.state = AGENT_ACTIVE;
-    vm.detached = false;
+    vm->rpc = (struct rpc){.fd = fds[0], .ring = ring};
+    vm->announced = 0;
+    vm->state = AGENT_ACTIVE;
+    vm->detached = false;
 }
 
 /* What an honest memd does all the time: it reads. */
@@ -151,15 +90,15 @@ static void read_all(void)
 
     while (recv(memd_fd, message, sizeof(message), MSG_DONTWAIT) > 0)
         ;
-    if (vm.rpc.fd >= 0)
+    if (vm->rpc.fd >= 0)
         __atomic_store_n(&ring->to_memd.tail, ring->to_memd.head, __ATOMIC_RELEASE);
 }
 
 static void turn(void)
 {
-    for (int i = 0; i < 4 && vm.rpc.fd >= 0; i++) {
+    for (int i = 0; i < 4 && vm->rpc.fd >= 0; i++) {
         read_all();
-        (void)session_turn(&vm);
+        (void)session_turn(vm);
     }
     read_all();
 }
@@ -172,11 +111,11 @@ static void say(const void *message, size_t bytes, int fd)
 /* The ring goes with the connection. */
 static void put(uint32_t op, uint32_t page, uint64_t arg)
 {
-    if (vm.rpc.fd < 0)
+    if (vm->rpc.fd < 0)
         return;
     if (ring_room(&ring->to_agent, head) - 1 >= RING_ENTRIES)
         turn();
-    if (vm.rpc.fd >= 0)
+    if (vm->rpc.fd >= 0)
         ring_put(&ring->to_agent, &head, (struct ring_entry){op, page, arg});
     /* Who asks for contents takes them, too: else the agent waits for a buffer. */
     if (op == RING_WANT)
@@ -186,12 +125,12 @@ static void put(uint32_t op, uint32_t page, uint64_t arg)
 /* A head that can't be; afterwards the right one, or there would be nothing more to hear. */
 static void lie_about_head(struct fuzz_input *input)
 {
-    if (vm.rpc.fd < 0)
+    if (vm->rpc.fd < 0)
         return;
     __atomic_store_n(&ring->to_agent.head,
-                     vm.rpc.tail + RING_ENTRIES + 1 + fuzz_take_u32(input) / 2, __ATOMIC_RELEASE);
+                     vm->rpc.tail + RING_ENTRIES + 1 + fuzz_take_u32(input) / 2, __ATOMIC_RELEASE);
     turn();
-    if (vm.rpc.fd >= 0)
+    if (vm->rpc.fd >= 0)
         __atomic_store_n(&ring->to_agent.head, head, __ATOMIC_RELEASE);
 }
 
@@ -219,7 +158,7 @@ static void give_segment(struct fuzz_input *input)
     uint8_t page[PAGE_BYTES];
 
     for (uint32_t i = 0; i < pages; i++) {
-        content_of(flags & 4 ? i + 2 : i + 1, page);
+        fuzz_guest_content(flags & 4 ? i + 2 : i + 1, page);
         FUZZ_REQUIRE(pwrite(fd, page, PAGE_BYTES, i * (off_t)PAGE_BYTES) == (ssize_t)PAGE_BYTES);
     }
     if (flags & 1)
@@ -265,8 +204,7 @@ static void write_page(struct fuzz_input *input)
 {
     uint32_t page = fuzz_take_u16(input) % PAGES;
 
-    generation[page] = fuzz_take_u8(input);
-    content_of(generation[page], guest + page * PAGE_BYTES);
+    fuzz_guest_write(page, fuzz_take_u8(input));
 }
 
 static void take_step(struct fuzz_input *input)
@@ -285,7 +223,8 @@ static void take_step(struct fuzz_input *input)
     case STEP_WANT:
         page = fuzz_take_u16(input) % (PAGES + 1);
         put(RING_WANT, page,
-            page < PAGES ? hash_page(&vm.scanner.secret, guest + page * PAGE_BYTES) : 0);
+            page < PAGES ? hash_page(&vm->scanner.secret, fuzz_guest.memory + page * PAGE_BYTES)
+                         : 0);
         break;
     case STEP_REMAP:
         page = fuzz_take_u16(input) % (PAGES + 1);
@@ -301,16 +240,16 @@ static void take_step(struct fuzz_input *input)
 
 static void clean_up(void)
 {
-    session_close(&vm);
+    session_close(vm);
     close(memd_fd);
     /* A connection that says: everything private again. */
     connect_them();
     ask_to_detach(1);
-    FUZZ_REQUIRE(vm.rpc.fd < 0 && block->counts[PLACE_SHARED] == 0);
+    FUZZ_REQUIRE(vm->rpc.fd < 0 && fuzz_guest.block->counts[PLACE_SHARED] == 0);
     for (uint32_t i = 0; i < SEGMENTS_HELD_MAX; i++)
-        FUZZ_REQUIRE(!vm.segments.table[i].view);
+        FUZZ_REQUIRE(!vm->segments.table[i].view);
     close(memd_fd);
-    check();
+    fuzz_guest_check();
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
@@ -319,14 +258,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
     if (bytes > 1024)
         return 0;
-    start();
+    (void)fuzz_guest_start();
     arm();
-    fill();
+    for (uint32_t i = 0; i < PAGES; i++)
+        fuzz_guest_write(i, i + 1);
     connect_them();
     while (input.at < input.end)
         take_step(&input);
     turn();
-    check();
+    fuzz_guest_check();
     clean_up();
     return 0;
 }
