@@ -49,6 +49,23 @@ static void print_identity(const json_t *guest)
                *ctl_json_text(guest, "reason") ? ctl_json_text(guest, "reason") : "nothing");
 }
 
+/* The latest one, where there was one. */
+static void print_migration(const json_t *guest)
+{
+    const json_t *migration = json_object_get(guest, "migration");
+    const char *status = ctl_json_text(migration, "status");
+    bool goes_on = strcmp(status, "running") == 0;
+    char line[160];
+
+    if (!json_is_object(migration))
+        return;
+    snprintf(line, sizeof(line), "%s %s: %s",
+             strcmp(ctl_json_text(migration, "role"), "source") == 0 ? "to" : "from",
+             ctl_json_text(migration, "peer"),
+             goes_on ? ctl_json_text(migration, "stage") : status);
+    print_line("migration", line);
+}
+
 static void print_promises(const json_t *guest)
 {
     uint64_t max = ctl_json_u64(guest, "max_bytes");
@@ -184,6 +201,7 @@ enum ctl_status ctl_guest_run(const struct ctl_arguments *arguments)
         ctl_print_json(guest);
     } else {
         print_identity(guest);
+        print_migration(guest);
         print_promises(guest);
         print_places(guest);
         print_counters(guest);

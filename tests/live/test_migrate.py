@@ -351,7 +351,10 @@ def guest_that_moves_is_not_detached_and_what_is_left_of_it_not_saved():
         hosts.start(save=saved)
         hosts.begin("--postcopy-only", "--bandwidth", "1M")
         hosts.wait_stage("postcopy")
-        for lab in (hosts.source, hosts.destination):
+        for lab, way in ((hosts.source, "to"), (hosts.destination, "from")):
+            said = " ".join(lab.memctl("guest", hosts.name)[1].split())
+            if f"migration {way} 127.0.0.1" not in said or ": postcopy" not in said:
+                raise Failure(f"memctl guest says nothing of the migration: {said}")
             status, said, why = lab.memctl("detach", hosts.name)
             if status != 4 or "it moves" not in why:
                 raise Failure(f"memctl detach ended with {status}: {said} {why}")
